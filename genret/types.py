@@ -56,6 +56,18 @@ class Batch:
 
 
 @struct.dataclass
+class Draw:
+    """The randomness of one training step, one row per example, whatever the mesh or microbatch.
+
+    key: key[B]. uniform: f32[B] in [0, 1), stratified over the batch (one shared offset on a regular
+    grid), which cuts the variance of the noise-level average at no cost.
+    """
+
+    key: Array
+    uniform: Array
+
+
+@struct.dataclass
 class Terms:
     """What a loss returns: per-example terms. The mean is taken in one place, the train step.
 
