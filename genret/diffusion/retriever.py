@@ -76,7 +76,7 @@ class Retriever:
         space: edm.Space,
         condition: Condition,
         key: Array,
-        guidance: Array | float = 0.0,
+        guidance: Array | float | None = None,
         *,
         method: Method = "posterior_mean",
         steps: int = 18,
@@ -85,14 +85,14 @@ class Retriever:
         """Queries, unit-norm f32[B, rows, D].
 
         key: key[B], one per context. guidance: w of `sampler.guide` between the domain asked for and the
-        null domain, scalar or f32[B]. steps: network evaluations are listed in `sampler`.
+        null domain, scalar or f32[B]; None spares the second network call. steps: network evaluations are listed in `sampler`.
         """
         anchor = space.anchor(condition)
-        null = condition.replace(domain=jnp.full_like(condition.domain, self.model.domains))
-        # The null branch keeps the anchor of the condition, so both denoise in the same coordinates.
-        denoise = sampler.guide(
-            self.denoiser(params, condition, anchor), self.denoiser(params, null, anchor), guidance
-        )
+        denoise = self.denoiser(params, condition, anchor)
+        if guidance is not None:
+            # The null branch keeps the anchor, so that both denoise in the same coordinates.
+            null = condition.replace(domain=jnp.full_like(condition.domain, self.model.domains))
+            denoise = sampler.guide(denoise, self.denoiser(params, null, anchor), guidance)
         shape = (rows, self.model.embedding)
         if method == "posterior_mean":
             z = sampler.posterior_mean(denoise, jnp.zeros((len(anchor), *shape)))
