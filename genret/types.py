@@ -23,8 +23,11 @@ class InputError(ValueError):
     """A bad input, said once and before any compute: the field, what is wrong with it, and the fix."""
 
     def __init__(self, field: str, problem: str, fix: str):
-        super().__init__(f"{field}: {problem}. {fix}")
-        self.field = field
+        super().__init__(field, problem, fix)  # all three, so that it survives a process pool
+        self.field, self.problem, self.fix = field, problem, fix
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.problem}. {self.fix}"
 
 
 @struct.dataclass

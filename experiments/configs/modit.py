@@ -91,7 +91,7 @@ def get_config(argument: str = "") -> ConfigDict:
     }
     c.contrastive = dict(
         steps=(4,) if arg.size == "test" else (60, 200),  # runs; validation picks one
-        fit=fit(0, warmup=10, weight_decay=0.05, ema_decay=0.9),  # steps come from above
+        fit=fit(0, warmup=10, weight_decay=0.05, ema_decay=0.9, log_every=20),  # steps come from above
     )
     c.mesh = dict(data=-1, fsdp=1, tensor=1)  # devices per axis; -1 takes what is left
     c.evaluation = dict(

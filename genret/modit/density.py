@@ -50,8 +50,8 @@ def buy_labels(
     not in (0, 1] or buys no probe.
     """
     rows = np.flatnonzero(train)
-    count = round(budget * len(rows))
-    if not 0 < budget <= 1 or count < 1:
+    count = round(budget * len(rows)) if 0 < budget <= 1 else 0
+    if count < 1:
         raise InputError("budget", f"{budget} of {len(rows)} items", "use a share in (0, 1]")
     rng = np.random.default_rng([seed, 11])
     chosen = np.sort(rng.choice(len(rows), count, replace=False))

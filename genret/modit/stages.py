@@ -71,7 +71,9 @@ def ordered_batch(rng: np.random.Generator, data: TrainingSet, size: int, length
             tr.sorted_bins(rng, data.cells, data.density, cell[cut:], domain[cut:], length),
         ]
     )
-    return next_item(data, walks, rng.integers(length // 2, length, size), domain)
+    items = (walks >= 0).sum(1)  # a small cell's walk is shorter than `length`
+    at = np.maximum(rng.integers(length // 2, length, size) * items // length, 1)
+    return next_item(data, walks, at, domain)
 
 
 def tail_batch(rng: np.random.Generator, data: TrainingSet, size: int, seeds: int) -> Batch:
@@ -120,8 +122,10 @@ def make_stage(
     """
     if name not in DRAWS:
         raise InputError("stage", f"unknown stage {name!r}", f"use one of {', '.join(DRAWS)}")
-    if length > retriever.model.max_context + (name != "sft"):
-        raise InputError("length", f"{length} exceeds the model's context", "raise model.max_context")
+    walk = name != "sft"  # its last item is the target
+    if not 1 + walk <= length <= retriever.model.max_context + walk:
+        problem = f"{length} is not in {1 + walk}..{retriever.model.max_context + walk}"
+        raise InputError("length", problem, "change it, or raise model.max_context")
     stream = list(DRAWS).index(name)
     replayed = round(replay * batch)
 

@@ -40,7 +40,12 @@ def fit_cells(
     smallest: int,
     seed: int,
 ) -> Cells:
-    """Cluster the training items once per (mean cell size, seed); keep cells with >= `smallest` items."""
+    """Cluster the training items once per (mean cell size, seed); keep cells with >= `smallest` items.
+
+    Raises InputError for `smallest` below 2 (a walk needs a next item) and where no cell reaches it.
+    """
+    if smallest < 2:
+        raise InputError("smallest", f"latent cells of {smallest} item", "use 2 or more")
     rows = np.flatnonzero(train)
     x = np.asarray(embeddings[rows])
     membership, members, run = [], [], []
@@ -81,9 +86,19 @@ def neighbour_table(embeddings: np.ndarray, train: np.ndarray, *, k: int, index:
 
 
 def _choose(rng: np.random.Generator, logits: np.ndarray, count: int) -> np.ndarray:
-    """Positions i64[B, count] of a draw without replacement, p ∝ exp(logit) (the Gumbel top-k trick)."""
+    """Positions i64[B, count] of a draw without replacement, p ∝ exp(logit), in the order drawn (the
+    Gumbel top-k trick): the first n are a draw of n, and positions at NEVER come last."""
     noisy = logits + rng.gumbel(size=logits.shape)
-    return np.argpartition(-noisy, count - 1, axis=1)[:, :count]
+    top = np.argpartition(-noisy, count - 1, axis=1)[:, :count]
+    order = np.argsort(-np.take_along_axis(noisy, top, 1), axis=1)
+    return np.take_along_axis(top, order, 1)
+
+
+def _draw(rng: np.random.Generator, table: np.ndarray, logits: np.ndarray, count: int) -> np.ndarray:
+    """Items i32[B, count] of `_choose` from table i32[B, L]; where a row has fewer, -1 at the end."""
+    picked = _choose(rng, logits, min(count, table.shape[1]))
+    items = np.take_along_axis(table, picked, 1)
+    return np.pad(items, ((0, 0), (0, count - items.shape[1])), constant_values=-1)
 
 
 def raw_sequences(
@@ -105,8 +120,7 @@ def raw_sequences(
     in_cell &= sizes >= length
     if in_cell.any():
         logits = np.where(table[in_cell] >= 0, 0.0, NEVER)
-        picked = np.take_along_axis(table[in_cell], _choose(rng, logits, length), 1)
-        walks[in_cell] = rng.permuted(picked, axis=1)
+        walks[in_cell] = _draw(rng, table[in_cell], logits, length)
     return walks
 
 
@@ -125,7 +139,8 @@ def locality_walk(
     running best less `slack` (density scaled to 0..1 inside the cell), no repeats.
 
     Where no neighbour qualifies, the walk jumps to a random cell item that does, or to any unvisited one;
-    the walk is sorted at the end, so a jump costs smoothness, not order.
+    the walk is sorted at the end, so a jump costs smoothness, not order. A cell of fewer than `length`
+    items is walked whole and padded with -1.
     """
     table, rows = cells.members[cell], np.arange(len(cell))
     valid = table >= 0
@@ -152,6 +167,7 @@ def locality_walk(
             logits = np.where(better, 0.0, np.where(free[stuck], -100.0, NEVER))
             jump = _choose(rng, logits, 1)[:, 0]
             step[stuck] = table[stuck, jump]
+        step = np.where(free.any(1), step, -1)
         walk[:, t] = step
         free &= table != step[:, None]
         best = np.maximum(best, (density[domain, step] - low[:, 0]) / span[:, 0])
@@ -169,7 +185,7 @@ def sorted_bins(
     bins: int = 8,
 ) -> np.ndarray:
     """BONET's SORT-SAMPLE inside a cell, i32[B, length]: equal-width density bins, an item of bin b drawn
-    with weight exp((ρ_b - 1)/τ) / (|b| + K₀), then sorted.
+    with weight exp((ρ_b - 1)/τ) / (|b| + K₀), then sorted. Padded with -1 where a cell is smaller.
 
     ρ is scaled to 0..1 inside the cell, ρ_b is the bin's midpoint, K₀ = 0.03 × the draws and
     τ = the 10th percentile of ρ, floored at 0.05 (papers' A.6).
@@ -185,8 +201,7 @@ def sorted_bins(
     midpoint = (np.arange(bins) + 0.5) / bins
     weight = (midpoint - 1) / tau - np.log(counts + 0.03 * length)
     logits = np.take_along_axis(np.pad(weight, ((0, 0), (0, 1)), constant_values=NEVER), which, 1)
-    walk = np.take_along_axis(table, _choose(rng, logits, length), 1)
-    return sort_by_density(walk, density, domain)
+    return sort_by_density(_draw(rng, table, logits, length), density, domain)
 
 
 def sort_by_density(items: np.ndarray, density: np.ndarray, domain: np.ndarray) -> np.ndarray:
@@ -226,12 +241,10 @@ def fit_tails(cells: Cells, density: np.ndarray, *, share: float = 0.1, least: i
 def seeds_and_tail(
     rng: np.random.Generator, tails: Tails, cell: np.ndarray, domain: np.ndarray, seeds: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Seeds i32[B, seeds] from the low half (-1 where it is smaller) and a random half of the tail, as a
-    mask bool[B, T] over `tails.tail`: a cheap target distribution, so the output does not collapse."""
+    """Seeds i32[B, seeds] from the low half (-1 at the end where it is smaller) and a random half of the
+    tail, as a mask bool[B, T] over `tails.tail`: a cheap target distribution against collapse."""
     low, tail = tails.low[domain, cell], tails.tail[domain, cell]
-    picked = _choose(rng, np.where(low >= 0, 0.0, NEVER), min(seeds, low.shape[1]))
-    chosen = np.take_along_axis(low, picked, 1)
-    chosen = np.pad(chosen, ((0, 0), (0, seeds - chosen.shape[1])), constant_values=-1)
+    chosen = _draw(rng, low, np.where(low >= 0, 0.0, NEVER), seeds)
     order = np.argsort(np.where(tail >= 0, rng.random(tail.shape), 2.0), axis=1).argsort(1)
     half = np.ceil((tail >= 0).sum(1) / 2)
     return chosen, order < half[:, None]

@@ -16,20 +16,22 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """A (data, fsdp, tensor) mesh over all devices; one axis may be -1 and takes what is left.
 
     Axes are Auto: the default since jax 0.10 is Explicit, under which ordinary sharded code fails.
     """
-    shape, devices = [data, fsdp, tensor], jax.device_count()
+    shape, count = [data, fsdp, tensor], len(devices) if devices else jax.device_count()
     if shape.count(-1) == 1:
-        shape[shape.index(-1)] = devices // -int(np.prod(shape))
-    if int(np.prod(shape)) != devices or min(shape) < 1:
+        shape[shape.index(-1)] = count // -int(np.prod(shape))
+    if int(np.prod(shape)) != count or min(shape) < 1:
         raise InputError(
-            "mesh", f"data {data} x fsdp {fsdp} x tensor {tensor} does not cover {devices} devices",
+            "mesh", f"data {data} x fsdp {fsdp} x tensor {tensor} does not cover {count} devices",
             "make the product equal the device count, or leave one axis at -1",
         )  # fmt: skip
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def path_name(path: tuple) -> str:

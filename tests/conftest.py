@@ -1,0 +1,56 @@
+"""Eight simulated CPU devices, quick compiles, real molecules, and a count of what was left out."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # so that tests can import experiments from a checkout
+
+# Simulated devices share two cores: with several programs in flight their collectives can starve.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+jax.config.update("jax_disable_most_optimizations", True)
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax_tests"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture
+def optimized():
+    """Numerical goldens are compiled as users compile."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="session")
+def molecules(tmp_path_factory):
+    """A catalogue of 2,000 real MOSES molecules."""
+    from genret.catalogue import format, moses
+
+    path = tmp_path_factory.mktemp("moses") / "molecules.parquet"
+    moses.build(path, items=2_000, workers=1)
+    return format.load(path)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests whose data or device is not here are left out by name, and counted at the end."""
+    absent = {
+        "shared": not (ROOT.parent / "shared" / "data").is_dir(),
+        "gpu": jax.default_backend() == "cpu",
+    }
+    left_out = [i for i in items if any(i.get_closest_marker(m) for m, gone in absent.items() if gone)]
+    items[:] = [i for i in items if i not in left_out]
+    config.left_out = [i.nodeid for i in left_out]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    left_out = getattr(config, "left_out", [])
+    terminalreporter.write_line(f"left out for want of a GPU or of ../shared/data: {len(left_out)}")
+    for name in left_out:
+        terminalreporter.write_line(f"  {name}")

@@ -1,0 +1,119 @@
+"""The transformer: identity at initialisation, symmetries it must have, and order it must see."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from genret.diffusion import edm
+from genret.diffusion.dit import SHARDING_RULES, SIZES, make_dit
+from genret.diffusion.retriever import Retriever
+from genret.training.mesh import make_mesh, shardings
+from genret.types import Condition, InputError
+
+B, K, S, D, M = 3, 4, 5, 8, 2
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["prefix", "cross"])
+def case(request):
+    model = make_dit("test", embedding=D, domains=M, max_context=S, cross=request.param)
+    rng = np.random.default_rng(0)
+    context = rng.normal(size=(B, S, D)).astype(np.float32)
+    mask = np.arange(S) < np.array([5, 3, 1])[:, None]
+    memory = jnp.asarray(rng.normal(size=(B, 2, D)), jnp.float32) if request.param else None
+    condition = Condition(jnp.asarray(context), jnp.asarray(mask), jnp.array([0, 1, 2]), memory)
+    z, noise = jnp.asarray(rng.normal(size=(B, K, D)), jnp.float32), jnp.array([0.1, -1.0, 0.5])
+    anchor = edm.unit(jnp.asarray(rng.normal(size=(B, D)), jnp.float32))
+    params = model.init(jax.random.key(0), z, noise, condition, anchor)
+    # Zero-initialised layers hide everything behind them, so symmetries are tested off the origin.
+    keys = iter(jax.random.split(jax.random.key(1), 200))
+    moved = jax.tree.map(lambda p: p + 0.2 * jax.random.normal(next(keys), p.shape), params)
+    return model, params, moved, (z, noise, condition, anchor)
+
+
+def test_zero_at_initialisation(case):
+    model, params, _, inputs = case
+    assert not model.apply(params, *inputs).any()
+
+
+def test_equivariant_to_the_order_of_the_set(case):
+    model, _, params, (z, *rest) = case
+    order = jnp.array([2, 0, 3, 1])
+    ours = model.apply(params, z[:, order], *rest)
+    np.testing.assert_allclose(ours, model.apply(params, z, *rest)[:, order], atol=2e-5)
+
+
+def test_padding_changes_nothing(case):
+    model, _, params, (z, noise, condition, anchor) = case
+    garbage = jnp.where(condition.mask[..., None], condition.context, 1e3)
+    ours = model.apply(params, z, noise, condition.replace(context=garbage), anchor)
+    np.testing.assert_allclose(ours, model.apply(params, z, noise, condition, anchor), atol=2e-5)
+    shorter = condition.replace(context=condition.context[:, :3], mask=condition.mask[:, :3])
+    np.testing.assert_allclose(
+        model.apply(params, z, noise, shorter, anchor)[1:], model.apply(params, z, noise, condition, anchor)[1:],
+        atol=2e-5,
+    )  # fmt: skip
+
+
+def test_reads_order_domain_noise_and_anchor(case):
+    model, _, params, (z, noise, condition, anchor) = case
+    base = model.apply(params, z, noise, condition, anchor)
+    flipped = condition.replace(context=condition.context[:, ::-1], mask=condition.mask[:, ::-1])
+    for other in (
+        model.apply(params, z, noise, flipped, anchor)[0],
+        model.apply(params, z, noise, condition.replace(domain=jnp.array([1, 1, 2])), anchor)[0],
+        model.apply(params, z, noise + 1, condition, anchor)[0],
+        model.apply(params, z, noise, condition, -anchor)[0],
+    ):
+        assert jnp.abs(other - base[0]).max() > 1e-2
+    if condition.memory is not None:
+        other = model.apply(params, z, noise, condition.replace(memory=-condition.memory), anchor)
+        assert jnp.abs(other - base).max() > 1e-2
+
+
+def test_examples_do_not_see_each_other(case):
+    model, _, params, (z, noise, condition, anchor) = case
+    alone = model.apply(params, z[1:2], noise[1:2], jax.tree.map(lambda x: x[1:2], condition), anchor[1:2])
+    np.testing.assert_allclose(alone[0], model.apply(params, z, noise, condition, anchor)[1], atol=2e-5)
+
+
+def test_bfloat16_matmuls_stay_near_float32(case):
+    model, _, params, inputs = case
+    import dataclasses
+
+    half = dataclasses.replace(model, dtype=jnp.bfloat16, parent=None)
+    exact = model.apply(params, *inputs)
+    assert half.apply(params, *inputs).dtype == jnp.float32
+    error = jnp.abs(half.apply(params, *inputs) - exact).max() / jnp.abs(exact).max()
+    assert 1e-6 < error < 0.05
+
+
+def test_a_condition_that_does_not_fit_is_refused(case):
+    model, _, params, (z, noise, condition, anchor) = case
+    with pytest.raises(InputError, match="8-d"):
+        model.apply(params, z[..., :4], noise, condition, anchor)
+    long = condition.replace(
+        context=jnp.tile(condition.context, (1, 2, 1)), mask=jnp.tile(condition.mask, (1, 2))
+    )
+    with pytest.raises(InputError, match="context"):
+        model.apply(params, z, noise, long, anchor)
+    if model.cross:
+        with pytest.raises(InputError, match="memory"):
+            model.apply(params, z, noise, condition.replace(memory=None), anchor)
+    with pytest.raises(InputError, match="demo"):
+        make_dit("XXL", embedding=D, domains=M, max_context=S)
+
+
+@pytest.mark.parametrize("size, millions", [("demo", 1.0), ("S", 33), ("B", 130), ("L", 456)])
+def test_sizes_are_of_their_class_and_every_parameter_has_a_rule(size, millions):
+    retriever = Retriever(make_dit(size, embedding=128, domains=4, max_context=16, cross=False))
+    shapes = jax.eval_shape(retriever.init, jax.random.key(0))
+    count = sum(np.prod(x.shape) for x in jax.tree.leaves(shapes)) / 1e6
+    assert abs(count / millions - 1) < 0.1, count
+    placed = shardings(shapes, make_mesh(2, 2, 2), SHARDING_RULES)
+    sharded = sum(
+        np.prod(x.shape) for x, s in zip(jax.tree.leaves(shapes), jax.tree.leaves(placed), strict=True)
+        if not s.is_fully_replicated
+    )  # fmt: skip
+    assert sharded / 1e6 > 0.95 * count
+    assert set(SIZES) == {"test", "demo", "S", "B", "L"}
