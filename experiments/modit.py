@@ -20,15 +20,18 @@ from genret.catalogue.splits import Splits, make_splits
 from genret.diffusion import edm
 from genret.diffusion.dit import make_dit
 from genret.diffusion.retriever import Retriever
-from genret.modit import baselines, contrastive, density, fitting, protocol, stages
-from genret.modit.queries import MoDiT
+from genret.modit import baselines, contrastive, fitting, protocol, stages
+from genret.modit.queries import MoDiT, model_methods
 from genret.retrieval.index import build_index
 from genret.training.checkpoint import restore_params
 from genret.training.loop import FitOptions, fit
 from genret.training.mesh import make_mesh
+from genret.training.stage import Stage
 from genret.types import InputError
 
 STAGES = ("pretrain", "cpt", "sft")
+# Other endings of the same run, from the same CPT checkpoint with the same batches and steps.
+PLAIN, REGRESSION = "sft_plain", "sft_mse"
 
 
 def options(section: ConfigDict, seed: int, **changes: Any) -> FitOptions:
@@ -125,36 +128,37 @@ class Run:
         """Items per walk, or seeds per context in SFT."""
         return self.config.evaluation.seeds if name == "sft" else self.config.length
 
-    def stage(self, name: str, *, regression: bool = False):
-        """A training stage, ready to fit."""
+    def stage(self, folder: str) -> Stage:
+        """The training stage of `folder`, ready to fit."""
+        c, name = self.config, folder.partition("_")[0]
+        term = stages.RetrievalTerm(**c.retrieval) if folder == "sft" and c.retrieval.weight else None
         return stages.make_stage(
-            name, self.retriever, self.space(name), self.fitted.data, batch=self.config.batch,
-            length=self.length(name), replay=self.config.replay if name == "cpt" else 0.0,
-            seed=self.seed, regression=regression,
+            name, self.retriever, self.space(name), self.fitted.data, batch=c.batch,
+            length=self.length(name), replay=c.replay if name == "cpt" else 0.0, seed=self.seed,
+            retrieval=term, regression=folder == REGRESSION,
         )  # fmt: skip
 
     def train(self) -> None:
         """Fit every stage that is not finished, each from the one before; then the trained rivals."""
-        c, before = self.config, None
+        before = None
         for name in STAGES:
-            state = fit(
-                self.stage(name), self.folder / name, options(c.stages[name], self.seed),
-                mesh=self.mesh, init_from=before,
-            )  # fmt: skip
-            if name == "sft":  # the same start, batches and steps, without diffusion
+            endings = [name, PLAIN, REGRESSION] if name == "sft" else [name]
+            states = [
                 fit(
-                    self.stage(name, regression=True), self.folder / "sft_mse",
-                    options(c.stages[name], self.seed), mesh=self.mesh, init_from=before,
-                )  # fmt: skip
-            before = state.ema
+                    self.stage(folder), self.folder / folder,
+                    options(self.config.stages[name], self.seed), mesh=self.mesh, init_from=before,
+                )
+                for folder in endings
+            ]  # fmt: skip
+            before = states[0].ema
         for source in ("labels", "pseudo"):
-            for steps in c.contrastive.steps:
+            for steps in self.config.contrastive.steps:
                 self.contrastive(source, steps)
 
-    def model(self, folder: str, stage: str, step: int | None = None) -> MoDiT:
+    def model(self, folder: str, step: int | None = None) -> MoDiT:
         """The trained model in `folder`, at its latest or a given step."""
         shapes = jax.eval_shape(self.retriever.init, jax.random.key(0))
-        space = self.space(stage)
+        space = self.space(folder.partition("_")[0])
         params = restore_params(
             self.folder / folder / "checkpoints", shapes,
             card=stages.model_card(self.retriever.model, space), step=step,
@@ -165,7 +169,7 @@ class Run:
         """The discriminative rival; trained on the first call, read back later."""
         f, c = self.fitted, self.config.contrastive
         if source == "labels":
-            positive = f.labels.seen == 1
+            positive = f.data.has
         else:  # as many pseudo-positives as the labels' own rate, by predicted density
             rates = [(s == 1).sum() / max((s >= 0).sum(), 1) for s in f.labels.seen]
             cut = [np.quantile(p[f.data.train], 1 - r) for p, r in zip(f.predicted, rates, strict=True)]
@@ -178,8 +182,6 @@ class Run:
 
     def methods(self) -> list[protocol.Method]:
         """Every line of the table, baselines first."""
-        from genret.modit.queries import model_methods
-
         e, c = self.config.evaluation, self.config.contrastive
         base = self.baselines
         out = list(base.methods())
@@ -192,14 +194,14 @@ class Run:
                     c.steps, calls=1,
                 )
             )  # fmt: skip
-        regressor = self.model("sft_mse", "sft")
+        regressor = self.model(REGRESSION)
         out.append(
             protocol.Method("MSE regressor (same DiT)", lambda c, w: regressor.queries(c, w), (0.0,), calls=1)
         )
-        trained = {name: self.model(name, name) for name in STAGES}
         out += model_methods(
-            trained, samples=e.samples, guidance=tuple(e.guidance), seed=self.seed
-        )
+            {name: self.model(name) for name in STAGES}, self.model(PLAIN), samples=e.samples,
+            guidance=tuple(e.guidance), seed=self.seed,
+        )  # fmt: skip
         return out + list(base.references())
 
 

@@ -74,7 +74,7 @@ def get_config(argument: str = "") -> ConfigDict:
     )
     c.model = dict(
         size={"full": "demo"}.get(arg.size, arg.size),
-        anchor="seeds",  # seeds, steering, or none (plain preconditioning)
+        anchor="steering",  # seeds, steering, or none (plain preconditioning)
         per_coordinate=False,  # one data std per coordinate instead of one for all
         noise="log_uniform",  # or log_normal
         drop_domain=0.1,  # share of examples under the null domain, for guidance
@@ -89,6 +89,11 @@ def get_config(argument: str = "") -> ConfigDict:
             ("pretrain", "cpt", "sft"), steps, (rate, rate / 2, rate / 2), strict=True
         )
     }
+    c.retrieval = dict(
+        weight=1.0,  # of the retrieval-aware term in SFT; 0 = the paper's recipe
+        temperature=0.03,  # of its softmax over cosines
+        corpus=32_768,  # its candidates per step
+    )
     c.contrastive = dict(
         steps=(4,) if arg.size == "test" else (60, 200),  # runs; validation picks one
         fit=fit(0, warmup=10, weight_decay=0.05, ema_decay=0.9, log_every=20),  # steps come from above

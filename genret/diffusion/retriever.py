@@ -61,6 +61,13 @@ class Retriever:
         error = edm.denoising_error(self.denoiser(params, condition, anchor), clean, sigma, noise)
         return Terms(error / math.prod(clean.shape[1:]), batch.weight)
 
+    def query(self, params: PyTree, space: edm.Space, condition: Condition, rows: int = 1) -> Array:
+        """The one-call query D(0; σ_max), unit-norm f32[B, rows, D]: the posterior mean under `loss`."""
+        anchor = space.anchor(condition)
+        z = jnp.zeros((len(anchor), rows, self.model.embedding))
+        denoise = self.denoiser(params, condition, anchor)
+        return space.decode(sampler.posterior_mean(denoise, z), anchor)
+
     def regression_loss(self, params: PyTree, space: edm.Space, batch: Batch, draw: Draw) -> Terms:
         """The same network without diffusion: ‖D(0; σ_max) - z₀‖² / (K D), an ordinary regressor."""
         anchor = space.anchor(batch.condition)

@@ -78,8 +78,9 @@ def prepare(
         f"({labels.lookups / catalogue.labels.size:.1%} of all); latent cells: {len(found.members)}"
     )
     data = TrainingSet(
-        catalogue.embeddings, np.flatnonzero(splits.train), known, found, arrays["neighbours"],
-        tr.fit_tails(found, known, share=tail_share, least=tail_least),
+        catalogue.embeddings, np.flatnonzero(splits.train), known, labels.seen == 1, found,
+        arrays["neighbours"],
+        tr.fit_tails(found, known, labels.seen == 1, share=tail_share, least=tail_least),
     )  # fmt: skip
     return Fitted(
         data, labels, arrays["predicted"], arrays["normals"], arrays["intercepts"], fitted.gradient

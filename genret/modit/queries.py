@@ -68,38 +68,45 @@ def _append(given: Condition, query: np.ndarray) -> Condition:
 
 
 def model_methods(
-    stages: dict[str, MoDiT], *, samples: int, guidance: tuple[float, ...], seed: int
+    stages: dict[str, MoDiT],
+    plain: MoDiT,
+    *,
+    samples: int,
+    guidance: tuple[float, ...],
+    seed: int,
 ) -> list[Method]:
     """The lines of the table that the diffusion model is responsible for.
 
-    stages: name -> model. Validation picks stage and guidance for "MO-DiT"; the other kinds of query
-    are shown at the last stage, without guidance.
+    stages: pretrain, cpt, sft. Validation picks stage (cpt or sft) and guidance for "MO-DiT". plain: SFT
+    by denoising alone, the paper's recipe, whose one-call query is the posterior mean and whose samples
+    are those of its targets; the other kinds of query are shown on it, without guidance.
     """
-    final, last = list(stages)[-1], list(stages.values())[-1]
+
     def chosen(contexts: Contexts, setting: Any) -> np.ndarray:
         stage, w = setting
         return stages[stage].queries(contexts, w)
 
-    def at_last(**options: Any):
-        return lambda contexts, w: last.queries(contexts, w, seed=seed, **options)
+    def at(model: MoDiT, **options: Any):
+        return lambda contexts, w: model.queries(contexts, w, seed=seed, **options)
 
     def mean(contexts: Contexts, w: float) -> np.ndarray:
-        q = last.queries(contexts, w, method="heun", rows=samples, seed=seed).mean(1, keepdims=True)
+        q = plain.queries(contexts, w, method="heun", rows=samples, seed=seed).mean(1, keepdims=True)
         return q / np.linalg.norm(q, axis=-1, keepdims=True)
 
+    def line(name: str, run: Any, calls: int, **more: Any) -> Method:
+        return Method(name, run, (0.0,), calls=calls, **more)
+
     grid = [(s, w) for s in stages if s != "pretrain" for w in guidance]
-    methods = [Method("MO-DiT", chosen, grid, calls=lambda s: 2 if s[1] else 1)]
-    for stage, model in stages.items():
-        name = {"pretrain": "plain pretrained DiT"}.get(stage, f"MO-DiT after {stage}, posterior mean")
-        methods.append(Method(name, lambda c, w, m=model: m.queries(c, w), (0.0,), calls=1,
-                              uses="nothing" if stage == "pretrain" else "labels"))  # fmt: skip
-    return methods + [
-        Method(f"MO-DiT after {final}, roll-out of 1", at_last(rollout=1), (0.0,), calls=2),
-        Method(f"MO-DiT after {final}, roll-out of 2", at_last(rollout=2), (0.0,), calls=3),
-        Method(f"MO-DiT after {final}, one sample", at_last(method="heun"), (0.0,), calls=HEUN_CALLS),
-        Method(f"MO-DiT after {final}, mean of {samples} samples", mean, (0.0,), calls=samples * HEUN_CALLS),
-        Method(
-            f"MO-DiT after {final}, {samples} samples merged", at_last(method="heun", rows=samples),
-            (0.0,), probes=samples, calls=samples * HEUN_CALLS,
-        ),
-    ]  # fmt: skip
+    sample = at(plain, method="heun", rows=samples)
+    return [
+        Method("MO-DiT", chosen, grid, calls=lambda s: 2 if s[1] else 1),
+        line("plain pretrained DiT", at(stages["pretrain"]), 1, uses="nothing"),
+        line("MO-DiT after CPT", at(stages["cpt"]), 1),
+        line("MO-DiT after SFT", at(stages["sft"]), 1),
+        line("SFT without retrieval term, posterior mean", at(plain), 1),
+        line("  the same, roll-out of 1", at(plain, rollout=1), 2),
+        line("  the same, roll-out of 2", at(plain, rollout=2), 3),
+        line("  the same, one sample", at(plain, method="heun"), HEUN_CALLS),
+        line(f"  the same, mean of {samples} samples", mean, samples * HEUN_CALLS),
+        line(f"  the same, {samples} samples merged", sample, samples * HEUN_CALLS, probes=samples),
+    ]

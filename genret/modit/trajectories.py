@@ -221,8 +221,11 @@ class Tails:
     tail: np.ndarray
 
 
-def fit_tails(cells: Cells, density: np.ndarray, *, share: float = 0.1, least: int = 8) -> Tails:
-    """Tail = the top `share` of a cell by density, at least `least` items; low = below its median."""
+def fit_tails(
+    cells: Cells, density: np.ndarray, has: np.ndarray, *, share: float = 0.1, least: int = 8
+) -> Tails:
+    """Tail = the top `share` of a cell by density, at least `least` items; low = the items below its
+    median that are not known to have the attribute (has: bool[M, N])."""
     domains, (count, longest) = len(density), cells.members.shape
     sizes = (cells.members >= 0).sum(1)
     tail_size = np.minimum(np.maximum(np.ceil(share * sizes).astype(int), least), sizes)
@@ -230,8 +233,9 @@ def fit_tails(cells: Cells, density: np.ndarray, *, share: float = 0.1, least: i
     tail = np.full((domains, count, int(tail_size.max())), -1, np.int32)
     for m in range(domains):
         ordered = sort_by_density(cells.members, density[m : m + 1], np.zeros(count, int))
-        keep = np.arange(low.shape[2]) < (sizes // 2)[:, None]
-        low[m] = np.where(keep, ordered[:, : low.shape[2]], -1)
+        half = ordered[:, : low.shape[2]]
+        keep = (np.arange(low.shape[2]) < (sizes // 2)[:, None]) & ~has[m, half]
+        low[m] = np.where(keep, half, -1)
         from_top = sizes[:, None] - 1 - np.arange(tail.shape[2])
         top = np.take_along_axis(ordered, np.maximum(from_top, 0), 1)
         tail[m] = np.where(np.arange(tail.shape[2]) < tail_size[:, None], top, -1)

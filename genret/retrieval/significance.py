@@ -25,7 +25,9 @@ def paired_bootstrap(
     difference, cluster = np.asarray(difference, np.float64), np.asarray(cluster)
     if difference.ndim != 1 or difference.shape != cluster.shape or not len(difference):
         raise InputError(
-            "difference", f"has shape {difference.shape}, cluster {cluster.shape}", "Give one of each per context."
+            "difference",
+            f"has shape {difference.shape}, cluster {cluster.shape}",
+            "Give one of each per context.",
         )
     if not np.isfinite(difference).all():
         raise InputError("difference", "is not finite", "Leave out contexts that were not judged.")

@@ -37,7 +37,9 @@ def prepare():
 
     def call(catalogue, splits, workdir, **changes):
         options = dict(
-            budget=0.2, k=20, predictor=FitOptions(60, learning_rate=3e-3, warmup=5, ema_decay=0.9),
+            budget=0.2, k=20, predictor=FitOptions(
+                60, learning_rate=3e-3, warmup=5, ema_decay=0.9, log_every=1
+            ),
             cells=dict(sizes=(32, 48), seeds=1, smallest=16), neighbours=20, tail_share=0.1,
             tail_least=8, seed=0, index="exact", say=lambda text: None,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The bootstrap against scipy's, against a normal interval, and by how often it covers the truth."""
+"""The bootstrap against scipy's, a normal interval, and how often it covers the truth."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ def test_one_context_per_pattern_agrees_with_scipy():
     difference = np.random.default_rng(0).gamma(2.0, 0.1, 80) - 0.15
     mean, low, high = paired_bootstrap(difference, np.arange(80))
     peer = stats.bootstrap(
-        (difference,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(1)
+        (difference,),
+        np.mean,
+        n_resamples=10_000,
+        method="percentile",
+        rng=np.random.default_rng(1),
     )
     # Two sets of 10,000 draws place a 2.5 % quantile within about 3 % of a standard error.
     assert mean == pytest.approx(difference.mean())
@@ -55,7 +59,7 @@ def test_no_difference_is_exactly_zero():
 
 
 def test_blocks_do_not_change_the_draws():
-    """6,000 patterns take several blocks; the interval is the normal one, mean +- 1.96 sd / sqrt(P)."""
+    """6,000 patterns take several blocks; the interval is the normal one, 1.96 sd / sqrt(P)."""
     difference = np.random.default_rng(5).normal(0.01, 0.2, 6_000)
     mean, low, high = paired_bootstrap(difference, np.arange(6_000), resamples=2_000)
     half = 1.96 * difference.std() / np.sqrt(6_000)
