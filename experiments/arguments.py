@@ -11,6 +11,8 @@ def parse(argument: str, **defaults: str) -> SimpleNamespace:
     for part in filter(None, argument.split(",")):
         name, equals, value = part.partition("=")
         if name not in defaults or not equals:
-            raise InputError("--config", f"cannot read {part!r}", f"use name=value with {', '.join(defaults)}")
+            raise InputError(
+                "--config", f"cannot read {part!r}", f"use name=value with {', '.join(defaults)}"
+            )
         values[name] = value
     return SimpleNamespace(**values)

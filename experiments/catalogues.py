@@ -23,7 +23,9 @@ def open_catalogue(config: ConfigDict) -> Catalogue:
     if data not in ("moses", "fashion", "streaming"):
         path = Path(data)
         if not path.exists():
-            raise InputError("data", f"{data} does not exist", "use moses, fashion, streaming or a path")
+            raise InputError(
+                "data", f"{data} does not exist", "use moses, fashion, streaming or a path"
+            )
         return load(path, cells=config.cells or None, seed=config.seed)
     if data == "moses":
         size = config.num_items or "all"
@@ -31,10 +33,12 @@ def open_catalogue(config: ConfigDict) -> Catalogue:
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
             progress = None
+
             def report(done: int, total: int) -> None:
                 nonlocal progress
                 progress = progress or Progress("moses", total)
                 progress(done, "molecules")
+
             moses.build(
                 path, items=size, pattern=config.pattern, seed=config.seed, progress=report,
                 cells=config.cells or None,

@@ -17,6 +17,7 @@ from experiments.catalogues import open_catalogue
 from experiments.command import launch
 from experiments.modit import Run, open_run, same_config
 from genret.modit.protocol import evaluate
+from genret.modit.validation import predictor_report
 from genret.retrieval.index import build_index
 from genret.training.log import Progress
 
@@ -27,14 +28,22 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a results file; a last line cut short by a kill is left out."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [
+        json.loads(line)
+        for line in path.read_text().splitlines(keepends=True)
+        if line.endswith("\n")
+    ]
 
 
 def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """All rows or none: the file is rewritten beside itself and moved into place."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in read_rows(path) + rows))
+
+
+def write_text(path: Path, text: str) -> None:
+    """The whole text or the old file: written beside `path` and moved into place."""
     temporary = path.with_suffix(".tmp")
-    whole = read_rows(path) + rows
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in whole))
+    temporary.write_text(text)
     os.replace(temporary, path)
 
 
@@ -42,11 +51,15 @@ def evaluate_run(run: Run, results: Path) -> None:
     """Every method of one seed that has no rows yet."""
     done = {tuple(row[k] for k in KEY) for row in read_rows(results)}
     e, catalogue = run.config.evaluation, run.catalogue
+    report = run.folder / "predictor_report.json"
+    exact = build_index("exact", catalogue.embeddings, e.k + 1, run.mesh)
+    if not report.exists():
+        rows = predictor_report(catalogue, run.splits, run.fitted, exact, e.k)
+        write_text(report, json.dumps(rows, indent=1))
     methods = [m for m in run.methods() if (m.name, run.seed) not in done]
     if not methods:
         return
     validation, test = run.contexts("validation"), run.contexts("test")
-    exact = build_index("exact", catalogue.embeddings, e.k, run.mesh)
     protocol = {
         "catalogue": catalogue.name, "seed": run.seed, "k": e.k, "n_items": catalogue.num_items,
         "lookups": run.fitted.labels.lookups,

@@ -100,7 +100,9 @@ class Run:
                 out[m] = normal * np.mean([s for (_, domain), s in chosen.items() if domain == m])
         elif self.config.model.anchor not in ("seeds", "none"):
             raise InputError(
-                "model.anchor", f"unknown {self.config.model.anchor!r}", "use seeds, steering or none"
+                "model.anchor",
+                f"unknown {self.config.model.anchor!r}",
+                "use seeds, steering or none",
             )
         return out
 
@@ -119,9 +121,11 @@ class Run:
         if c.anchor == "none":
             return edm.plain_space(self.catalogue.width, self.catalogue.num_domains)
         rng = np.random.default_rng([self.seed, 41])
+        # Pretraining knows no attribute, so its anchor is the seed mean alone.
+        directions = self.directions * (name != "pretrain")
         batch = stages.DRAWS[name](rng, self.fitted.data, 2048, self.length(name))
         return edm.fit_space(
-            batch.condition, batch.target, self.directions, per_coordinate=c.per_coordinate
+            batch.condition, batch.target, directions, per_coordinate=c.per_coordinate
         )
 
     def length(self, name: str) -> int:
@@ -131,7 +135,9 @@ class Run:
     def stage(self, folder: str) -> Stage:
         """The training stage of `folder`, ready to fit."""
         c, name = self.config, folder.partition("_")[0]
-        term = stages.RetrievalTerm(**c.retrieval) if folder == "sft" and c.retrieval.weight else None
+        term = (
+            stages.RetrievalTerm(**c.retrieval) if folder == "sft" and c.retrieval.weight else None
+        )
         return stages.make_stage(
             name, self.retriever, self.space(name), self.fitted.data, batch=c.batch,
             length=self.length(name), replay=c.replay if name == "cpt" else 0.0, seed=self.seed,
@@ -163,7 +169,9 @@ class Run:
             self.folder / folder / "checkpoints", shapes,
             card=stages.model_card(self.retriever.model, space), step=step,
         )  # fmt: skip
-        return MoDiT(self.retriever, params, space, self.catalogue.embeddings, self.fitted.predicted)
+        return MoDiT(
+            self.retriever, params, space, self.catalogue.embeddings, self.fitted.predicted
+        )
 
     def contrastive(self, source: str, steps: int) -> Callable:
         """The discriminative rival; trained on the first call, read back later."""
@@ -172,7 +180,9 @@ class Run:
             positive = f.data.has
         else:  # as many pseudo-positives as the labels' own rate, by predicted density
             rates = [(s == 1).sum() / max((s >= 0).sum(), 1) for s in f.labels.seen]
-            cut = [np.quantile(p[f.data.train], 1 - r) for p, r in zip(f.predicted, rates, strict=True)]
+            cut = [
+                np.quantile(p[f.data.train], 1 - r) for p, r in zip(f.predicted, rates, strict=True)
+            ]
             positive = f.predicted >= np.asarray(cut)[:, None]
         return contrastive.fit_contrastive(
             f.data, positive, self.folder / f"contrastive_{source}_{steps}",
@@ -196,7 +206,9 @@ class Run:
             )  # fmt: skip
         regressor = self.model(REGRESSION)
         out.append(
-            protocol.Method("MSE regressor (same DiT)", lambda c, w: regressor.queries(c, w), (0.0,), calls=1)
+            protocol.Method(
+                "MSE regressor (same DiT)", lambda c, w: regressor.queries(c, w), (0.0,), calls=1
+            )
         )
         out += model_methods(
             {name: self.model(name) for name in STAGES}, self.model(PLAIN), samples=e.samples,

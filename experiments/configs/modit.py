@@ -18,7 +18,7 @@ from experiments.arguments import parse
 # steps of (pretrain, cpt, sft), batch size, learning rate
 BUDGET = {
     "test": ((6, 6, 6), 32, 1e-3),
-    "demo": ((300, 400, 500), 256, 1e-3),
+    "demo": ((200, 250, 200), 256, 1e-3),
     "full": ((2000, 3000, 3000), 256, 1e-3),
     "S": ((50_000, 20_000, 5_000), 1024, 3e-4),
     "B": ((100_000, 30_000, 10_000), 2048, 2e-4),
@@ -47,13 +47,17 @@ def get_config(argument: str = "") -> ConfigDict:
         return options | kw
 
     c = ConfigDict()
-    c.seeds = tuple(int(s) for s in arg.seeds.split("+"))  # one whole run each: labels, cells, training
+    c.seeds = tuple(
+        int(s) for s in arg.seeds.split("+")
+    )  # one whole run each: labels, cells, training
     c.catalogue = dict(
         data=arg.data,  # moses, fashion, streaming, or a path
         folder="data",  # where built catalogues are kept
         raw=arg.raw,  # Kaggle CSVs
         embeddings=arg.embeddings,  # npy in the documented order; empty = encode here
-        num_items=2_000 if arg.size == "test" else 40_000,  # moses: molecules to sample (0 = all 1.9 M)
+        num_items=2_000
+        if arg.size == "test"
+        else 40_000,  # moses: molecules to sample (0 = all 1.9 M)
         pattern="cells",  # moses: cells or scaffold
         cells={"fashion": 400, "streaming": 300}.get(arg.data, 0),  # evaluation cells (0 = N / 64)
         seed=0,  # of the sample, the cells and the split
@@ -91,12 +95,14 @@ def get_config(argument: str = "") -> ConfigDict:
     }
     c.retrieval = dict(
         weight=1.0,  # of the retrieval-aware term in SFT; 0 = the paper's recipe
-        temperature=0.03,  # of its softmax over cosines
+        temperature=0.035,  # of its softmax over cosines
         corpus=32_768,  # its candidates per step
     )
     c.contrastive = dict(
         steps=(4,) if arg.size == "test" else (60, 200),  # runs; validation picks one
-        fit=fit(0, warmup=10, weight_decay=0.05, ema_decay=0.9, log_every=20),  # steps come from above
+        fit=fit(
+            0, warmup=10, weight_decay=0.05, ema_decay=0.9, log_every=20
+        ),  # steps come from above
     )
     c.mesh = dict(data=-1, fsdp=1, tensor=1)  # devices per axis; -1 takes what is left
     c.evaluation = dict(

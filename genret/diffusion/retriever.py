@@ -92,7 +92,8 @@ class Retriever:
         """Queries, unit-norm f32[B, rows, D].
 
         key: key[B], one per context. guidance: w of `sampler.guide` between the domain asked for and the
-        null domain, scalar or f32[B]; None spares the second network call. steps: network evaluations are listed in `sampler`.
+        null domain, scalar or f32[B]; None spares the second network call. steps: of the
+        schedule; `sampler` says how many network calls they cost.
         """
         anchor = space.anchor(condition)
         denoise = self.denoiser(params, condition, anchor)
@@ -112,5 +113,7 @@ class Retriever:
             elif method in ("heun", "euler", "exponential"):
                 z = getattr(sampler, method)(denoise, z, sigmas)
             else:
-                raise InputError("method", f"unknown sampler {method!r}", "see sampler.py for the names")
+                raise InputError(
+                    "method", f"unknown sampler {method!r}", "see sampler.py for the names"
+                )
         return space.decode(z, anchor)

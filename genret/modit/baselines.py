@@ -86,7 +86,9 @@ class Baselines:
         known = self.labels.seen[contexts.domain[:, None], top]
         found = self.embeddings[top]
         parts = [
-            np.einsum("qnd,qn->qd", found, (known == v) / np.maximum((known == v).sum(1), 1)[:, None])
+            np.einsum(
+                "qnd,qn->qd", found, (known == v) / np.maximum((known == v).sum(1), 1)[:, None]
+            )
             for v in (1, 0)
         ]
         return unit(c + beta * parts[0] - gamma * parts[1])[:, None]
@@ -151,13 +153,19 @@ class Baselines:
         yield Method("nearest training pattern's tail", self.nearest_tail)
         yield Method("ridge regressor", self.ridge_query, [(a, 0.0) for a in alphas])
         yield Method(
-            "ridge regressor + steering", self.ridge_query, [(a, s) for a in alphas for s in STRENGTHS]
+            "ridge regressor + steering",
+            self.ridge_query,
+            [(a, s) for a in alphas for s in STRENGTHS],
         )
 
     def references(self) -> Iterator[Method]:
         """Upper references; they read the evaluation pattern or the labels."""
-        yield Method("reference: predicted tail of the pattern", self.predicted_tail, uses="pattern")
-        yield Method("reference: true positives of the pattern", self.true_positives, uses="all labels")
+        yield Method(
+            "reference: predicted tail of the pattern", self.predicted_tail, uses="pattern"
+        )
+        yield Method(
+            "reference: true positives of the pattern", self.true_positives, uses="all labels"
+        )
 
 
 def _masked_mean(embeddings: np.ndarray, items: np.ndarray, block: int = 512) -> np.ndarray:

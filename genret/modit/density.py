@@ -162,7 +162,9 @@ def linear_probes(catalogue: Catalogue, labels: Labels) -> tuple[np.ndarray, np.
         rows = np.flatnonzero(labels.seen[m] >= 0)
         if len(np.unique(labels.seen[m, rows])) < 2:
             raise InputError(
-                f"attribute/{name}", f"{len(rows)} look-ups found one class only", "raise the label budget"
+                f"attribute/{name}",
+                f"{len(rows)} look-ups found one class only",
+                "raise the label budget",
             )
         probe = LogisticRegression(C=10.0, max_iter=300)
         probe.fit(catalogue.embeddings[rows], labels.seen[m, rows])
@@ -171,7 +173,9 @@ def linear_probes(catalogue: Catalogue, labels: Labels) -> tuple[np.ndarray, np.
     return normals, intercepts
 
 
-def knn_density(catalogue: Catalogue, labels: Labels, embeddings: np.ndarray, k: int = 10) -> np.ndarray:
+def knn_density(
+    catalogue: Catalogue, labels: Labels, embeddings: np.ndarray, k: int = 10
+) -> np.ndarray:
     """Predictor baseline: mean labelled density of the k nearest probes, f32[M, n]."""
     index = ExactIndex(catalogue.embeddings[labels.probes])
     ids, _ = index.search(np.asarray(embeddings), min(k, len(labels.probes)))

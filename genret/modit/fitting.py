@@ -55,7 +55,9 @@ def prepare(
 ) -> Fitted:
     """Fit, or read back what an earlier call with the same options wrote to `workdir`/fitted."""
     options = dict(budget=budget, k=k, cells=cells, neighbours=neighbours, tail_share=tail_share)
-    options |= dict(tail_least=tail_least, seed=seed, items=catalogue.num_items, train=int(splits.train.sum()))
+    options |= dict(
+        tail_least=tail_least, seed=seed, items=catalogue.num_items, train=int(splits.train.sum())
+    )
     folder = workdir / "fitted"
     arrays = _read(folder, options)
     if arrays is None:

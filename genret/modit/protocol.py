@@ -15,7 +15,7 @@ import numpy as np
 
 from genret.catalogue.format import Catalogue
 from genret.catalogue.splits import Splits
-from genret.retrieval.index import Index, recall
+from genret.retrieval.index import Index, recall_by_score
 from genret.retrieval.metrics import Judgement, judge, macro
 from genret.retrieval.ranking import rank, rank_set
 from genret.types import InputError
@@ -72,7 +72,9 @@ def draw_contexts(
                     continue
                 for _ in range(per_pattern):
                     chosen = rng.choice(lacking, min(seeds, len(lacking)), replace=False)
-                    found.append((np.pad(chosen, (0, seeds - len(chosen)), constant_values=-1), m, p, s))
+                    found.append(
+                        (np.pad(chosen, (0, seeds - len(chosen)), constant_values=-1), m, p, s)
+                    )
             if len(found) == before:
                 raise InputError(
                     f"attribute/{name}",
@@ -94,9 +96,7 @@ class Searcher:
 
     def rank(self, queries: np.ndarray, contexts: Contexts) -> np.ndarray:
         """Top-K judged non-seed items i32[Q, K] of queries f32[Q, R, D], merged over R by best score."""
-        shared = dict(
-            exclude=contexts.seeds, labels=self.catalogue.labels, domain=contexts.domain
-        )
+        shared = dict(exclude=contexts.seeds, labels=self.catalogue.labels, domain=contexts.domain)
         if queries.shape[1] == 1:
             return rank(self.index, queries[:, 0], self.k, **shared)
         return rank_set(self.index, queries, self.k, **shared)
@@ -136,7 +136,9 @@ def ranking(method: Method, searcher: Searcher, contexts: Contexts, setting: Any
     if np.issubdtype(out.dtype, np.integer):
         return out, None
     if not np.isfinite(out).all():
-        raise InputError(method.name, "made a query that is not finite", "check what it was fitted on")
+        raise InputError(
+            method.name, "made a query that is not finite", "check what it was fitted on"
+        )
     return searcher.rank(out, contexts), out
 
 
@@ -179,13 +181,20 @@ def evaluate(
             at = np.flatnonzero((contexts.split == s) & (contexts.domain == m))
             pattern = contexts.pattern[at]
             row = {"method": method.name, "domain": searcher.catalogue.attribute_names[m]}
-            row |= {"split": SPLITS[s], **protocol, "contexts": len(at), "patterns": len(set(pattern))}
+            row |= {
+                "split": SPLITS[s],
+                **protocol,
+                "contexts": len(at),
+                "patterns": len(set(pattern)),
+            }
             for name in ("joint", "attribute", "purity", "headroom", "normalised_joint"):
                 row[name] = round(macro(getattr(scores, name)[at], pattern), 6)
             row |= {"setting": setting, "probes": method.probes}
             row["calls"] = method.calls(setting) if callable(method.calls) else method.calls
             row |= {"uses": method.uses, "index": searcher.index.name, **method.extra}
-            row["ann_recall"] = _recall(searcher, exact, queries[at]) if queries is not None else None
+            row["ann_recall"] = (
+                _recall(searcher, exact, queries[at]) if queries is not None else None
+            )
             hits = {
                 n: np.rint(getattr(scores, n)[at] * searcher.k).astype(int).tolist()
                 for n in ("joint", "attribute", "purity")
@@ -197,5 +206,5 @@ def evaluate(
 
 def _recall(searcher: Searcher, exact: Index, queries: np.ndarray, most: int = 256) -> float:
     flat = queries.reshape(-1, queries.shape[-1])[:most]
-    ids, _ = searcher.index.search(flat, searcher.k)
-    return round(recall(ids, exact.search(flat, searcher.k)[0]), 6)
+    found, best = (i.search(flat, searcher.k)[1] for i in (searcher.index, exact))
+    return round(recall_by_score(found, best), 6)

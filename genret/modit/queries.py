@@ -35,21 +35,24 @@ class MoDiT:
 
     def queries(
         self, contexts: Contexts, guidance: float, *, method: str = "posterior_mean", rows: int = 1,
-        rollout: int = 0, seed: int = 0,
+        rollout: int = 0, seed: int = 0, null: bool = False,
     ) -> np.ndarray:  # fmt: skip
         """Unit-norm queries f32[Q, rows, D]; each of `rollout` rounds appends the query to the context
-        and asks again, in blocks of one compiled shape. guidance 0 costs one network call, else two."""
+        and asks again, in blocks of one compiled shape. guidance 0 costs one network call, else two. null:
+        ask under the null domain, as a model that has seen no attribute must be asked."""
+        domain = np.full_like(contexts.domain, len(self.density)) if null else contexts.domain
         items = sort_by_density(contexts.seeds, self.density, contexts.domain)
         keys = jax.random.split(jax.random.key(seed), len(contexts))
         out = np.empty((len(contexts), rows, self.embeddings.shape[1]), np.float32)
         for start in range(0, len(contexts), self.block):
             at = np.arange(start, min(start + self.block, len(contexts)))
             padded = np.resize(at, self.block)
-            given = condition(self.embeddings, items[padded], contexts.domain[padded])
+            given = condition(self.embeddings, items[padded], domain[padded])
             for turn in range(rollout + 1):
+                w = np.float32(guidance) if guidance else None
                 made = np.asarray(
                     self.retriever.generate(
-                        self.params, self.space, given, keys[padded], np.float32(guidance) if guidance else None,
+                        self.params, self.space, given, keys[padded], w,
                         method=method, steps=HEUN_STEPS, rows=rows,
                     )
                 )  # fmt: skip
@@ -90,7 +93,9 @@ def model_methods(
         return lambda contexts, w: model.queries(contexts, w, seed=seed, **options)
 
     def mean(contexts: Contexts, w: float) -> np.ndarray:
-        q = plain.queries(contexts, w, method="heun", rows=samples, seed=seed).mean(1, keepdims=True)
+        q = plain.queries(contexts, w, method="heun", rows=samples, seed=seed).mean(
+            1, keepdims=True
+        )
         return q / np.linalg.norm(q, axis=-1, keepdims=True)
 
     def line(name: str, run: Any, calls: int, **more: Any) -> Method:
@@ -100,7 +105,7 @@ def model_methods(
     sample = at(plain, method="heun", rows=samples)
     return [
         Method("MO-DiT", chosen, grid, calls=lambda s: 2 if s[1] else 1),
-        line("plain pretrained DiT", at(stages["pretrain"]), 1, uses="nothing"),
+        line("plain pretrained DiT", at(stages["pretrain"], null=True), 1, uses="nothing"),
         line("MO-DiT after CPT", at(stages["cpt"]), 1),
         line("MO-DiT after SFT", at(stages["sft"]), 1),
         line("SFT without retrieval term, posterior mean", at(plain), 1),

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from genret.types import Array
+from genret.types import Array, InputError
 
 
 @struct.dataclass
@@ -35,10 +35,16 @@ def draw_candidates(
     """Every positive of the batch, filled up with random training rows to at most `limit` candidates.
 
     train: i32[n] training rows of a catalogue of `items`. positives: i32[B, L], seeds: i32[B, S]
-    catalogue rows, padded with -1. A positive that does not fit is a miss, not an error.
+    catalogue rows, padded with -1. A positive that does not fit, or is a seed, is a miss, not an error.
+    Raises InputError where there are fewer candidates than rows in the batch.
     """
     batch = len(positives)
     size = min(limit, len(train)) // batch * batch
+    if not size:
+        raise InputError(
+            "batch", f"{batch} exceeds the {min(limit, len(train))} softmax candidates", "lower it"
+        )
+    positives = np.where((positives[..., None] == seeds[:, None]).any(-1), -1, positives)
     wanted = np.unique(positives[positives >= 0])
     rest = rng.permutation(train)
     rest = rest[~np.isin(rest, wanted, assume_unique=True)] if size < len(train) else rest

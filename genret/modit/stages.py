@@ -201,7 +201,8 @@ def make_stage(
 def stack(*batches: Batch) -> Batch:
     """Batches of equal shapes, one after the other."""
     parts = [
-        (b.condition.context, b.condition.mask, b.condition.domain, b.target, b.weight) for b in batches
+        (b.condition.context, b.condition.mask, b.condition.domain, b.target, b.weight)
+        for b in batches
     ]
     context, mask, domain, target, weight = (np.concatenate(p) for p in zip(*parts, strict=True))
     return Batch(Condition(context, mask, domain), target, weight)

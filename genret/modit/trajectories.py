@@ -94,7 +94,9 @@ def _choose(rng: np.random.Generator, logits: np.ndarray, count: int) -> np.ndar
     return np.take_along_axis(top, order, 1)
 
 
-def _draw(rng: np.random.Generator, table: np.ndarray, logits: np.ndarray, count: int) -> np.ndarray:
+def _draw(
+    rng: np.random.Generator, table: np.ndarray, logits: np.ndarray, count: int
+) -> np.ndarray:
     """Items i32[B, count] of `_choose` from table i32[B, L]; where a row has fewer, -1 at the end."""
     picked = _choose(rng, logits, min(count, table.shape[1]))
     items = np.take_along_axis(table, picked, 1)

@@ -46,7 +46,9 @@ class Checkpoints:
 
         Raises InputError when the checkpoint is of another model.
         """
-        card = self._manager.restore(step, args=ocp.args.Composite(card=ocp.args.JsonRestore()))["card"]
+        card = self._manager.restore(step, args=ocp.args.Composite(card=ocp.args.JsonRestore()))[
+            "card"
+        ]
         _same_card(card, self.card, self.folder / str(step))
         return self._manager.restore(
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
@@ -58,7 +60,9 @@ class Checkpoints:
         self._manager.close()
 
 
-def restore_params(folder: Path | str, abstract: PyTree, *, card: dict, step: int | None = None) -> PyTree:
+def restore_params(
+    folder: Path | str, abstract: PyTree, *, card: dict, step: int | None = None
+) -> PyTree:
     """The EMA parameters of a run, for evaluation or as the start of the next stage.
 
     abstract: ShapeDtypeStructs of the parameters, with shardings where a mesh is wanted. Raises
@@ -66,12 +70,16 @@ def restore_params(folder: Path | str, abstract: PyTree, *, card: dict, step: in
     """
     folder = Path(folder).resolve()
     if not folder.is_dir():
-        raise InputError("checkpoint", f"{folder} does not exist", "train the stage before it first")
+        raise InputError(
+            "checkpoint", f"{folder} does not exist", "train the stage before it first"
+        )
     manager = ocp.CheckpointManager(folder)
     try:
         step = manager.latest_step() if step is None else step
         if step is None or step not in manager.all_steps():
-            raise InputError("checkpoint", f"no step {step} in {folder}", "train the stage before it first")
+            raise InputError(
+                "checkpoint", f"no step {step} in {folder}", "train the stage before it first"
+            )
         found = manager.restore(step, args=ocp.args.Composite(card=ocp.args.JsonRestore()))["card"]
         _same_card(found, card, folder / str(step))
         restored = manager.restore(
@@ -93,7 +101,7 @@ def _same_card(found: dict, wanted: dict, where: Path) -> None:
     for name in sorted(found.keys() | wanted.keys()):
         if found.get(name) != wanted.get(name):
             raise InputError(
-                "checkpoint", f"{where} was written with {name}={found.get(name)}, this run has {name}={wanted.get(name)}",
+                "checkpoint", f"{where} has {name}={found.get(name)}, this run has {name}={wanted.get(name)}",
                 "use the configuration of that run or another workdir",
             )  # fmt: skip
 

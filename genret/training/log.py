@@ -67,7 +67,9 @@ class MetricLog:
         self.writer = None
         if jax.process_index():
             return
-        from tensorboardX import SummaryWriter  # imported late: it is slow and evaluation has no use for it
+        from tensorboardX import (
+            SummaryWriter,
+        )  # imported late: it is slow and evaluation has no use for it
 
         self.path = folder / "metrics.jsonl"
         if self.path.exists():
@@ -76,7 +78,9 @@ class MetricLog:
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(kept))
             os.replace(temporary, self.path)
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1, flush_secs=10)
+        self.writer = SummaryWriter(
+            str(folder / "tensorboard"), purge_step=start + 1, flush_secs=10
+        )
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """One row; values are plain floats."""

@@ -123,8 +123,8 @@ def fit(
     init_from: parameters to start from instead of `stage.init` (the stage before, say); a checkpoint in
     `workdir` goes before it. Returns the final state; a finished run returns at once.
 
-    Raises InputError for a batch that does not fit the mesh or microbatches, and for a checkpoint of another model;
-    NonFiniteLoss names the first bad step, whose checkpoint is never written.
+    Raises InputError for a batch that does not fit the mesh or microbatches, and for a checkpoint of
+    another model. NonFiniteLoss names the first bad step, whose checkpoint is never written.
     """
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -161,7 +161,9 @@ def fit(
     on_batch = meshes.batch_shardings(batch, mesh)
     if (rows // options.microbatches) * options.microbatches != rows:
         raise InputError(
-            "microbatches", f"{options.microbatches} does not divide a batch of {rows}", "use a divisor"
+            "microbatches",
+            f"{options.microbatches} does not divide a batch of {rows}",
+            "use a divisor",
         )
     on_frozen = meshes.shardings(stage.frozen, mesh, stage.rules, strict=False)
     frozen = meshes.place(stage.frozen, on_frozen)
@@ -193,7 +195,9 @@ def fit(
             seconds = (time.monotonic() - clock) / (step + 1 - since)
             row = {k: float(np.mean([m[k] for _, m in fetched])) for k in fetched[0][1]}
             row |= {"steps_per_s": 1 / seconds, "examples_per_s": rows / seconds}
-            row |= {"flop_per_s": flops / seconds} | ({"mfu": flops / seconds / peak} if peak else {})
+            row |= {"flop_per_s": flops / seconds} | (
+                {"mfu": flops / seconds / peak} if peak else {}
+            )
             log.write(step + 1, row)
             mfu = f" mfu {row['mfu']:.1%}" if peak else ""
             text = f"loss {row['loss']:.4f} {1 / seconds:.2f} steps/s {rows / seconds:.0f} ex/s"
@@ -206,7 +210,9 @@ def fit(
     return state
 
 
-def flops_per_step(stage: Stage, options: FitOptions, params: PyTree, frozen: PyTree, batch: PyTree) -> float:
+def flops_per_step(
+    stage: Stage, options: FitOptions, params: PyTree, frozen: PyTree, batch: PyTree
+) -> float:
     """FLOPs of the forward and backward pass over one whole batch, as XLA counts them before fusion.
 
     Optimiser arithmetic is left out (a few FLOPs per parameter). Nothing is compiled.
@@ -224,4 +230,6 @@ def _stop_if_not_finite(name: str, fetched: list[tuple[int, dict]], latest: int 
         bad = [k for k, v in metrics.items() if not np.isfinite(v)]
         if bad:
             where = f"restart from step {latest}" if latest is not None else "no checkpoint yet"
-            raise NonFiniteLoss(f"{name}: {bad[0]} is not finite at step {step} ({where}); lower the learning rate")
+            raise NonFiniteLoss(
+                f"{name}: {bad[0]} is not finite at step {step} ({where}); lower the learning rate"
+            )

@@ -56,7 +56,9 @@ def shardings(
             if re.search(pattern, name):
                 return NamedSharding(mesh, _fit(spec, leaf.shape, mesh))
         if strict:
-            raise InputError("rules", f"no sharding rule matches {name}", "add one beside the model")
+            raise InputError(
+                "rules", f"no sharding rule matches {name}", "add one beside the model"
+            )
         return NamedSharding(mesh, P())
 
     return jax.tree_util.tree_map_with_path(one, tree)

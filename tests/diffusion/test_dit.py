@@ -50,7 +50,8 @@ def test_padding_changes_nothing(case):
     np.testing.assert_allclose(ours, model.apply(params, z, noise, condition, anchor), atol=2e-5)
     shorter = condition.replace(context=condition.context[:, :3], mask=condition.mask[:, :3])
     np.testing.assert_allclose(
-        model.apply(params, z, noise, shorter, anchor)[1:], model.apply(params, z, noise, condition, anchor)[1:],
+        model.apply(params, z, noise, shorter, anchor)[1:],
+        model.apply(params, z, noise, condition, anchor)[1:],
         atol=2e-5,
     )  # fmt: skip
 
@@ -71,10 +72,26 @@ def test_reads_order_domain_noise_and_anchor(case):
         assert jnp.abs(other - base).max() > 1e-2
 
 
+def test_mean_map_is_the_exact_network_of_shifted_gaussian_data(case):
+    """z₀ ~ N(ν, 1) with ν linear in the anchor: D must be (z + σ² ν) / (1 + σ²) at every σ."""
+    model, params, _, (z, _, condition, anchor) = case
+    maps = jnp.asarray(np.random.default_rng(5).normal(size=(M + 1, D, D)), jnp.float32)
+    params = {"params": {**params["params"], "mean_map": maps}}
+    sigma = jnp.array([0.05, 1.0, 60.0])
+    denoise = edm.denoiser(lambda x, noise: model.apply(params, x, noise, condition, anchor))
+    mean = jnp.einsum("bd,bde->be", anchor * D**0.5, maps[condition.domain])[:, None]
+    s2 = sigma[:, None, None] ** 2
+    np.testing.assert_allclose(denoise(z, sigma), (z + s2 * mean) / (1 + s2), rtol=1e-4, atol=1e-4)
+
+
 def test_examples_do_not_see_each_other(case):
     model, _, params, (z, noise, condition, anchor) = case
-    alone = model.apply(params, z[1:2], noise[1:2], jax.tree.map(lambda x: x[1:2], condition), anchor[1:2])
-    np.testing.assert_allclose(alone[0], model.apply(params, z, noise, condition, anchor)[1], atol=2e-5)
+    alone = model.apply(
+        params, z[1:2], noise[1:2], jax.tree.map(lambda x: x[1:2], condition), anchor[1:2]
+    )
+    np.testing.assert_allclose(
+        alone[0], model.apply(params, z, noise, condition, anchor)[1], atol=2e-5
+    )
 
 
 def test_bfloat16_matmuls_stay_near_float32(case):

@@ -55,7 +55,13 @@ def test_untrained_samples_spread_as_the_space_says(retriever):
         np.testing.assert_allclose(off.std(), 0.02 * np.sqrt((D - 1) / D), rtol=0.08)
     again = retriever.generate(params, space, condition, keys, method="heun", steps=64, rows=2)
     first = retriever.generate(
-        params, space, jax.tree.map(lambda x: x[:7], condition), keys[:7], method="heun", steps=64, rows=2
+        params,
+        space,
+        jax.tree.map(lambda x: x[:7], condition),
+        keys[:7],
+        method="heun",
+        steps=64,
+        rows=2,
     )
     np.testing.assert_allclose(again[:7], first, atol=1e-5)  # a context's sample is its key's alone
 
@@ -81,7 +87,9 @@ def test_training_finds_the_conditional_mean(retriever, tmp_path):
     test = batch(10_000, None)
     keys = jax.random.split(jax.random.key(1), 64)
     cosine = lambda q: float((q[:, 0] * test.target[:, 0]).sum(-1).mean())  # noqa: E731
-    before = cosine(retriever.generate(retriever.init(jax.random.key(0)), space, test.condition, keys))
+    before = cosine(
+        retriever.generate(retriever.init(jax.random.key(0)), space, test.condition, keys)
+    )
     after = retriever.generate(params, space, test.condition, keys)
     assert before < 0.85 and cosine(after) > 0.97
     along = lambda q: (np.asarray(q[:, 0]) * ways[test.condition.domain]).sum(-1).mean()  # noqa: E731

@@ -32,14 +32,15 @@ def test_order_of_convergence(name, order):
     jax.config.update("jax_enable_x64", True)
     try:
         z = jax.random.normal(jax.random.key(0), (8, 1, 4), jnp.float64) * 10
-        denoise = lambda z, s: (0.5 * z + s[:, None, None] ** 2 * 0.3) / (0.5 + s[:, None, None] ** 2)  # noqa: E731
+
+        def denoise(z, s):
+            return (0.5 * z + s[:, None, None] ** 2 * 0.3) / (0.5 + s[:, None, None] ** 2)
+
         truth = gaussian_flow(z, 0.3, 0.5, 10.0)
         steps, errors = np.array([16, 32, 64, 128]), []
         for n in steps:
             sigmas = np.append(np.geomspace(10.0, 1e-4, n), 0.0)
-            out = z
-            solve = getattr(sampler, name)
-            out = solve(denoise, z, sigmas)
+            out = getattr(sampler, name)(denoise, z, sigmas)
             errors.append(float(jnp.abs(out - truth).max()))
     finally:
         jax.config.update("jax_enable_x64", False)

@@ -6,21 +6,26 @@ import pytest
 from genret.catalogue import format
 from genret.catalogue.splits import make_splits
 from genret.modit import fitting, protocol
+from genret.modit import trajectories as tr
+from genret.modit.stages import TrainingSet
 from genret.retrieval.index import ExactIndex
 from genret.training.loop import FitOptions
 
 
 @pytest.fixture(scope="session")
 def catalogue_of(tmp_path_factory):
-    """(embeddings, attributes, patterns) -> a catalogue that went through the disk."""
+    """(embeddings, attributes) -> a catalogue that went through the disk."""
 
-    def make(embeddings, attributes, patterns=None):
+    def make(embeddings, attributes):
         n = len(embeddings)
         path = tmp_path_factory.mktemp("small") / "small.parquet"
         format.write(
-            path, ids=[f"item {i}" for i in range(n)], embeddings=np.asarray(embeddings, np.float32),
-            attributes=attributes, patterns=np.arange(n) % 5 if patterns is None else patterns,
-        )  # fmt: skip
+            path,
+            ids=[f"item {i}" for i in range(n)],
+            embeddings=np.asarray(embeddings, np.float32),
+            attributes=attributes,
+            patterns=np.arange(n) % 5,
+        )
         return format.load(path, min_pattern=1)
 
     return make
@@ -66,3 +71,34 @@ def validation(molecules, splits):
 @pytest.fixture(scope="session")
 def test_contexts(molecules, splits):
     return protocol.draw_contexts(molecules, splits, "test")
+
+
+@pytest.fixture(scope="session")
+def world():
+    """(cell sizes, seed) -> TrainingSet on random rows of a sphere: one clustering into cells of
+    these sizes and one with all training items in a single cell; five rows are held out."""
+
+    def make(sizes, seed=0, *, levels=None, share=0.1, least=2):
+        rng = np.random.default_rng(seed)
+        n = sum(sizes) + 5
+        x = rng.normal(size=(n, 4))
+        x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+        rows = rng.permutation(n)[:-5].astype(np.int32)  # training rows, cell after cell
+        parts = [*np.split(rows, np.cumsum(sizes)[:-1]), rows]
+        members = np.full((len(parts), len(rows)), -1, np.int32)
+        membership = np.full((2, n), -1, np.int32)
+        for c, part in enumerate(parts):
+            members[c, : len(part)] = part
+            membership[int(c == len(sizes)), part] = c
+        cells = tr.Cells(members, membership, np.array([0] * len(sizes) + [1]))
+        cosine = x[rows] @ x[rows].T - 2 * np.eye(len(rows))
+        neighbours = np.full((n, min(5, len(rows) - 1)), -1, np.int32)
+        neighbours[rows] = rows[np.argsort(-cosine, axis=1)[:, : neighbours.shape[1]]]
+        density = rng.random((2, n)).astype(np.float32)
+        if levels:  # many ties
+            density = np.floor(density * levels).astype(np.float32) / levels
+        has = rng.random((2, n)) < 0.2
+        tails = tr.fit_tails(cells, density, has, share=share, least=least)
+        return TrainingSet(x, np.sort(rows), density, has, cells, neighbours, tails)
+
+    return make

@@ -1,0 +1,178 @@
+"""What the trained model is asked, and how: order, blocks, guidance, roll-outs, samples."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from genret.diffusion import edm
+from genret.diffusion.dit import make_dit
+from genret.diffusion.retriever import Retriever
+from genret.modit import queries as qs
+from genret.modit.baselines import seed_mean
+from genret.modit.protocol import Contexts
+from genret.types import Condition, InputError
+
+
+@pytest.fixture(scope="module")
+def contexts(test_contexts):
+    """A dozen real questions of both splits and all domains, some with fewer seeds than places."""
+    short = (test_contexts.seeds < 0).any(1)
+    some = test_contexts.take(np.r_[np.flatnonzero(short)[:4], np.flatnonzero(~short)[::10][:8]])
+    assert len(some) == 12
+    return some
+
+
+@pytest.fixture(scope="module")
+def untrained(molecules, fitted):
+    """The seed mean, by a network that is zero."""
+    retriever = Retriever(make_dit("test", embedding=molecules.width, domains=4, max_context=10))
+    space = edm.Space(jnp.full(molecules.width, 0.06), jnp.zeros((5, molecules.width)))
+    params = retriever.init(jax.random.key(0))
+    return qs.MoDiT(retriever, params, space, molecules.embeddings, fitted.predicted, block=16)
+
+
+@pytest.fixture(scope="module")
+def model(untrained):
+    """Parameters at random: a network that reads its whole context."""
+    leaves, tree = jax.tree.flatten(untrained.params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    moved = [x + 0.15 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return dataclasses.replace(untrained, params=jax.tree.unflatten(tree, moved))
+
+
+def test_untrained_posterior_mean_is_the_seed_mean(untrained, contexts):
+    query = untrained.queries(contexts, 0.0)
+    assert query.shape == (12, 1, 128)
+    np.testing.assert_allclose(query[:, 0], seed_mean(untrained.embeddings, contexts), atol=1e-5)
+
+
+def alone(model, contexts, q, guidance=None, domain=None, more=()):
+    """The retriever's own answer to context q: seeds sorted here, then `more`, nothing padded."""
+    asked = contexts.domain[q]
+    seeds = contexts.seeds[q][contexts.seeds[q] >= 0]
+    seeds = seeds[np.argsort(model.density[asked, seeds])]
+    rows = np.stack([*model.embeddings[seeds], *more])[None]
+    given = Condition(rows, np.ones(rows.shape[:2], bool), np.array([asked if domain is None else domain]))
+    key = jax.random.split(jax.random.key(0), 1)
+    return model.retriever.generate(model.params, model.space, given, key, guidance)
+
+
+def test_the_answer_is_the_retrievers_for_seeds_sorted_by_density(model, contexts):
+    query = model.queries(contexts, 1.5)
+    for q in (0, 4, 11):  # short contexts and full ones
+        np.testing.assert_allclose(query[q : q + 1], alone(model, contexts, q, 1.5), atol=1e-4)
+
+
+def test_seed_order_is_the_densitys_not_the_contexts(model, contexts):
+    rng = np.random.default_rng(0)
+    shuffled = dataclasses.replace(contexts, seeds=rng.permuted(contexts.seeds, axis=1))
+    assert not np.array_equal(shuffled.seeds, contexts.seeds)
+    query = model.queries(contexts, 0.0)
+    np.testing.assert_allclose(model.queries(shuffled, 0.0), query, atol=1e-6)
+    reverse = dataclasses.replace(model, density=-model.density)
+    assert np.abs(reverse.queries(contexts, 0.0) - query).max() > 1e-2  # positions are read
+
+
+def test_block_size_changes_nothing(model, contexts):
+    for options in ({}, {"method": "heun", "rows": 2, "seed": 3}, {"rollout": 1}):
+        whole = model.queries(contexts, 0.0, **options)
+        blocks = dataclasses.replace(model, block=5).queries(contexts, 0.0, **options)
+        np.testing.assert_allclose(blocks, whole, atol=1e-3 if "method" in options else 1e-5)
+
+
+def test_guidance(model, contexts):
+    query = model.queries(contexts, 0.0)
+    w1, w2 = model.queries(contexts, 1.0), model.queries(contexts, 2.0)
+    tiny = model.queries(contexts, 1e-6)  # the two-call path at no strength is the one-call path
+    np.testing.assert_allclose(tiny, query, atol=1e-5)
+    assert np.abs(w1 - query).max() > 1e-2 and np.abs(w2 - w1).max() > 1e-2
+    # v(w) = (1 + w) v(domain) - w v(null) up to length: in the plane of the two, and the ratio of
+    # its coefficients, -w / (1 + w) times a constant, is 4/3 as large at w = 2 as at w = 1.
+    blind = model.queries(contexts, 0.0, null=True)
+    assert np.abs(blind - query).max() > 1e-2
+    for q in range(12):
+        plane = np.stack([query[q, 0], blind[q, 0]], 1).astype(np.float64)
+        (one, e1, *_), (two, e2, *_) = (np.linalg.lstsq(plane, w[q, 0]) for w in (w1, w2))
+        assert max(e1[0], e2[0]) < 1e-6 and one[0] > 0 > one[1]
+        assert two[1] / two[0] == pytest.approx(4 / 3 * one[1] / one[0], rel=1e-2)
+
+
+def test_the_null_domain_is_asked_with_the_domains_own_order(model, contexts):
+    query = model.queries(contexts, 0.0, null=True)
+    np.testing.assert_allclose(query[5:6], alone(model, contexts, 5, domain=4), atol=1e-4)
+
+
+def test_roll_out_appends_the_query(untrained, contexts):
+    # A zero network answers with the mean of its context, so each round can be followed by hand.
+    x = np.asarray(untrained.embeddings, np.float64)
+    for rounds in (1, 2):
+        query = untrained.queries(contexts, 0.0, rollout=rounds)
+        for q in range(12):
+            items = list(x[contexts.seeds[q][contexts.seeds[q] >= 0]])
+            for _ in range(rounds + 1):
+                answer = np.mean(items, 0) / np.linalg.norm(np.mean(items, 0))
+                items.append(answer)
+            np.testing.assert_allclose(query[q, 0], answer, atol=1e-5)
+    with pytest.raises(InputError, match="context"):  # 8 seeds and 3 answers do not fit 10 places
+        untrained.queries(contexts, 0.0, rollout=3)
+
+
+def test_roll_out_puts_the_query_right_after_the_seeds(model, contexts):
+    first, second = (model.queries(contexts, 0.0, rollout=r) for r in (0, 1))
+    for q in (0, 11):
+        expected = alone(model, contexts, q, more=first[q])
+        np.testing.assert_allclose(second[q : q + 1], expected, atol=1e-4)
+
+
+def test_the_lines_of_the_table(model, untrained, contexts):
+    stages = {"pretrain": model, "cpt": untrained, "sft": model}
+    lines = qs.model_methods(stages, model, samples=3, guidance=(0.0, 2.0), seed=5)
+    by = {m.name.strip(): m for m in lines}
+    assert len(by) == len(lines)
+    chosen = by["MO-DiT"]  # validation picks among trained stages and guidances, never pretraining
+    assert set(chosen.grid) == {(s, w) for s in ("cpt", "sft") for w in (0.0, 2.0)}
+    assert [chosen.calls((s, w)) for s, w in (("sft", 0.0), ("sft", 2.0))] == [1, 2]
+    for setting in chosen.grid:
+        np.testing.assert_array_equal(
+            chosen.run(contexts, setting), stages[setting[0]].queries(contexts, setting[1])
+        )
+    pretrained = by["plain pretrained DiT"]
+    assert pretrained.uses == "nothing"
+    np.testing.assert_array_equal(  # it has seen no attribute, so it is asked for none
+        pretrained.run(contexts, 0.0), model.queries(contexts, 0.0, null=True)
+    )
+    one, mean, merged = (
+        next(m for n, m in by.items() if text in n)
+        for text in ("one sample", "mean of 3", "3 samples merged")
+    )
+    rows = merged.run(contexts, 0.0)
+    assert rows.shape == (12, 3, 128) and merged.probes == 3
+    np.testing.assert_allclose(rows, model.queries(contexts, 0.0, method="heun", rows=3, seed=5), atol=1e-6)
+    average = rows.mean(1) / np.linalg.norm(rows.mean(1), axis=-1, keepdims=True)
+    np.testing.assert_allclose(mean.run(contexts, 0.0)[:, 0], average, atol=1e-5)
+    assert one.run(contexts, 0.0).shape == (12, 1, 128)
+    # Heun's 18 steps are 35 evaluations (two each, one for the last), for each of the samples.
+    assert (one.calls, mean.calls, merged.calls) == (
+        35,
+        105,
+        105,
+    ) and one.probes == mean.probes == 1
+    for line in lines:
+        assert len(line.grid) == 1 or line is chosen
+        out = line.run(contexts, line.grid[0])
+        np.testing.assert_allclose(np.linalg.norm(out, axis=-1), 1, atol=1e-5)
+
+
+def test_samples_differ_by_seed_and_row_and_repeat(model, contexts):
+    def sample(seed):
+        return model.queries(contexts, 0.0, method="heun", rows=2, seed=seed)
+
+    one = sample(0)
+    np.testing.assert_array_equal(one, sample(0))
+    assert np.abs(one - sample(1)).max() > 1e-2 and np.abs(one[:, 0] - one[:, 1]).max() > 1e-2
+    same = Contexts(*(np.repeat(a[:1], 3, 0) for a in dataclasses.astuple(contexts)))
+    twins = model.queries(same, 0.0, method="heun")
+    assert np.abs(twins[0] - twins[1]).max() > 1e-2  # the same question again is another sample

@@ -1,0 +1,100 @@
+"""Configs: every leaf is read, none is invented, and each size is what it says."""
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from experiments import evaluate, run
+from experiments.configs import modit
+from experiments.modit import open_run, same_config
+from genret.types import InputError
+
+
+class Reads(ConfigDict):
+    """A ConfigDict that notes which leaves were read, by attribute, key or conversion."""
+
+    seen: set = set()
+
+    def __getitem__(self, key):
+        value = super().__getitem__(key)
+        if not isinstance(value, ConfigDict):
+            Reads.seen.add((id(self), key))
+        return value
+
+    def items(self, *args, **kw):
+        for key in self:
+            self[key]
+        return super().items(*args, **kw)
+
+    def to_dict(self, *args, **kw):
+        for key in self:
+            self[key]
+        return super().to_dict(*args, **kw)
+
+
+def tracked(config):
+    out = Reads()
+    for key, value in config.items():
+        out[key] = tracked(value) if isinstance(value, ConfigDict) else value
+    return out
+
+
+def leaves(config, prefix=""):
+    for key in config:
+        value = dict.__getitem__(config, key) if isinstance(config, dict) else config._fields[key]
+        if isinstance(value, ConfigDict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield (id(config), key), prefix + key
+
+
+def test_every_leaf_is_read_by_a_whole_run(tmp_path):
+    config = modit.get_config("size=test")
+    config.catalogue.folder = str(tmp_path / "data")
+    config = tracked(config)
+    Reads.seen.clear()
+    import contextlib
+    import io
+
+    from experiments.catalogues import open_catalogue
+
+    catalogue = open_catalogue(config.catalogue)
+    one = open_run(config, tmp_path / "run", config.seeds[0], catalogue)
+    with contextlib.redirect_stdout(io.StringIO()):
+        one.train()
+        (tmp_path / "run").mkdir(exist_ok=True)
+        evaluate.evaluate_run(one, tmp_path / "run" / "results.jsonl")
+    unread = {name for leaf, name in leaves(config) if leaf not in Reads.seen}
+    # Only the Kaggle builders read these two.
+    assert unread == {"catalogue.raw", "catalogue.embeddings"}
+    rows = evaluate.read_rows(tmp_path / "run" / "results.jsonl")
+    methods = {row["method"] for row in rows}
+    assert len(rows) == 8 * len(methods) and {"MO-DiT", "seed mean"} <= methods
+
+
+def test_unknown_leaves_and_arguments_are_refused():
+    config = modit.get_config("size=demo").lock()
+    with pytest.raises(AttributeError):
+        config.model.colour = 1
+    with pytest.raises(InputError, match="data"):
+        modit.get_config("size=demo,date=moses")
+    with pytest.raises(InputError, match="demo"):
+        modit.get_config("size=huge")
+
+
+@pytest.mark.parametrize("size", list(modit.BUDGET))
+def test_every_size_makes_its_config_and_model(size):
+    from genret.diffusion.dit import SIZES
+
+    config = modit.get_config(f"size={size},seeds=0+1+2")
+    assert config.model.size in SIZES and config.seeds == (0, 1, 2)
+    assert all(np.isfinite(config.stages[s].learning_rate) for s in config.stages)
+
+
+def test_a_workdir_keeps_to_its_config_but_seeds_may_join(tmp_path):
+    same_config(modit.get_config("size=test"), tmp_path)
+    same_config(modit.get_config("size=test,seeds=0+1"), tmp_path)
+    with pytest.raises(InputError, match="another config"):
+        same_config(modit.get_config("size=demo"), tmp_path)
+    assert run.main and jax.device_count() == 8

@@ -1,0 +1,52 @@
+"""What people read while a run is on."""
+
+import json
+
+import pytest
+
+from genret.training import log
+
+
+def test_durations():
+    assert [log.duration(s) for s in (5, 65, 3723)] == ["0:05", "1:05", "1:02:03"]
+
+
+def test_plain_lines_say_step_rate_and_eta(capsys, monkeypatch):
+    clock = iter([0.0, 10.0])
+    monkeypatch.setattr(log.time, "monotonic", lambda: next(clock))
+    log.Progress("sft", 100)(25, "loss 0.5")
+    assert capsys.readouterr().out == "sft 25/100 loss 0.5 eta 0:30\n"
+
+
+def test_a_terminal_gets_a_bar(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    progress = log.Progress("sft", 4)
+    progress(2, "loss 0.5")
+    progress(4, "loss 0.4")
+    err = capsys.readouterr().err
+    assert "[############            ] sft 2/4 loss 0.5" in err
+    assert err.endswith("\n") and err.count("\n") == 1
+
+
+def test_rows_after_the_restart_step_and_half_lines_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        "".join(json.dumps({"step": s, "loss": 1.0}) + "\n" for s in (1, 2, 3)) + '{"step": 4, "l'
+    )
+    writer = log.MetricLog(tmp_path, start=2)
+    writer.write(3, {"loss": 0.5})
+    writer.close()
+    rows = [json.loads(r) for r in path.read_text().splitlines()]
+    assert [(r["step"], r["loss"]) for r in rows] == [(1, 1.0), (2, 1.0), (3, 0.5)]
+
+
+@pytest.mark.parametrize(
+    "kind, peak", [("NVIDIA H100 80GB HBM3", 9.89e14), ("TPU v5 lite", 1.97e14), ("cpu", None)]
+)
+def test_peak_is_known_for_known_chips_only(monkeypatch, kind, peak):
+    class Device:
+        device_kind = kind
+
+    monkeypatch.setattr(log.jax, "devices", lambda: [Device()])
+    monkeypatch.setattr(log.jax, "device_count", lambda: 1)
+    assert log.peak_flops() == peak
