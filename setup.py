@@ -33,6 +33,8 @@ setup(
         "absl-py>=2.1",
         "pyarrow>=17",
         "scikit-learn>=1.5",
+        "scipy>=1.13",
+        "threadpoolctl>=3.5",
         "matplotlib>=3.9",
         "tensorboardX>=2.6.2",
     ],

@@ -89,12 +89,23 @@ class Run:
         )  # fmt: skip
 
     @functools.cached_property
+    def purity_floor(self) -> dict[protocol.Cell, float]:
+        """Validation Purity of the seed mean, less what MO-DiT may lose of it."""
+        seed_mean = next(self.baselines.methods())
+        _, purity = protocol.validation_scores(
+            seed_mean, self.searcher, self.contexts("validation"), None
+        )
+        return {cell: p - self.config.evaluation.purity_slack for cell, p in purity.items()}
+
+    @functools.cached_property
     def directions(self) -> np.ndarray:
         """What the anchor adds to the seed mean, f32[M+1, D]: nothing, or the steering that validation
-        picks (the mean over the two splits)."""
+        picks above the Purity floor (the mean over the two splits)."""
         out = np.zeros((self.catalogue.num_domains + 1, self.catalogue.width), np.float32)
         if self.config.model.anchor == "steering":
-            steering = protocol.Method("anchor", self.baselines.steering, baselines.STRENGTHS)
+            steering = protocol.Method(
+                "anchor", self.baselines.steering, baselines.STRENGTHS, floor=self.purity_floor
+            )
             chosen = protocol.choose(steering, self.searcher, self.contexts("validation"))
             for m, normal in enumerate(self.fitted.normals):
                 out[m] = normal * np.mean([s for (_, domain), s in chosen.items() if domain == m])
@@ -212,7 +223,7 @@ class Run:
         )
         out += model_methods(
             {name: self.model(name) for name in STAGES}, self.model(PLAIN), samples=e.samples,
-            guidance=tuple(e.guidance), seed=self.seed,
+            guidance=tuple(e.guidance), floor=self.purity_floor, seed=self.seed,
         )  # fmt: skip
         return out + list(base.references())
 

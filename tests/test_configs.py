@@ -1,11 +1,15 @@
 """Configs: every leaf is read, none is invented, and each size is what it says."""
 
+import contextlib
+import io
+
 import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from experiments import evaluate, run
+from experiments.catalogues import open_catalogue
 from experiments.configs import modit
 from experiments.modit import open_run, same_config
 from genret.types import InputError
@@ -54,11 +58,6 @@ def test_every_leaf_is_read_by_a_whole_run(tmp_path):
     config.catalogue.folder = str(tmp_path / "data")
     config = tracked(config)
     Reads.seen.clear()
-    import contextlib
-    import io
-
-    from experiments.catalogues import open_catalogue
-
     catalogue = open_catalogue(config.catalogue)
     one = open_run(config, tmp_path / "run", config.seeds[0], catalogue)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -71,6 +70,28 @@ def test_every_leaf_is_read_by_a_whole_run(tmp_path):
     rows = evaluate.read_rows(tmp_path / "run" / "results.jsonl")
     methods = {row["method"] for row in rows}
     assert len(rows) == 8 * len(methods) and {"MO-DiT", "seed mean"} <= methods
+
+    # A second evaluation adds nothing; one that was killed in the middle of a row ends the same.
+    results = tmp_path / "run" / "results.jsonl"
+    whole = results.read_bytes()
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluate.evaluate_run(one, results)
+        assert results.read_bytes() == whole
+        lines = whole.splitlines(keepends=True)
+        results.write_bytes(b"".join(lines[:-8]) + lines[-8][:40])
+        evaluate.evaluate_run(one, results)
+    assert results.read_bytes() == whole
+
+
+def test_your_own_parquet_is_opened_by_its_path(molecules):
+    config = modit.get_config(f"size=test,data={molecules.path}").catalogue
+    catalogue = open_catalogue(config)
+    assert catalogue.num_items == molecules.num_items
+    config.data = "nowhere.parquet"
+    with pytest.raises(InputError, match="nowhere"):
+        open_catalogue(config)
+    with pytest.raises(InputError, match="raw"):
+        open_catalogue(modit.get_config("size=test,data=streaming").catalogue)
 
 
 def test_unknown_leaves_and_arguments_are_refused():

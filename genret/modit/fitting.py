@@ -82,7 +82,7 @@ def prepare(
     data = TrainingSet(
         catalogue.embeddings, np.flatnonzero(splits.train), known, labels.seen == 1, found,
         arrays["neighbours"],
-        tr.fit_tails(found, known, labels.seen == 1, share=tail_share, least=tail_least),
+        tr.fit_tails(found, known, labels.seen, share=tail_share, least=tail_least),
     )  # fmt: skip
     return Fitted(
         data, labels, arrays["predicted"], arrays["normals"], arrays["intercepts"], fitted.gradient

@@ -21,6 +21,8 @@ from genret.retrieval.ranking import rank, rank_set
 from genret.types import InputError
 
 SPLITS = ("item_holdout", "pattern_holdout")
+Cell = tuple[int, int]
+"""(index into SPLITS, domain)."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,7 @@ class Method:
     probes: index probes per context. calls: network evaluations per context, or setting -> calls.
     uses: what it reads beyond seeds: 'nothing', 'labels' (the shared budget), 'pattern' or 'all labels'
     (references, not methods: they read what the question hides).
+    floor: least validation Purity per (split, domain) that a setting should keep.
     """
 
     name: str
@@ -127,7 +130,7 @@ class Method:
     probes: int = 1
     calls: int | Callable[[Any], int] = 0
     uses: str = "labels"
-    extra: dict[str, Any] = field(default_factory=dict)
+    floor: dict[Cell, float] = field(default_factory=dict)
 
 
 def ranking(method: Method, searcher: Searcher, contexts: Contexts, setting: Any):
@@ -142,19 +145,36 @@ def ranking(method: Method, searcher: Searcher, contexts: Contexts, setting: Any
     return searcher.rank(out, contexts), out
 
 
-def choose(method: Method, searcher: Searcher, contexts: Contexts) -> dict[tuple[int, int], Any]:
-    """(split, domain) -> the setting with the best validation Joint; ties go to the earlier setting."""
-    cells = sorted({*zip(contexts.split.tolist(), contexts.domain.tolist(), strict=True)})
+def choose(method: Method, searcher: Searcher, contexts: Contexts) -> dict[Cell, Any]:
+    """(split, domain) -> the setting with the best validation Joint; ties go to the earlier setting.
+
+    Settings whose validation Purity is below the method's floor are passed over, unless all are.
+    """
+    cells = _cells(contexts)
     if len(method.grid) == 1:
         return dict.fromkeys(cells, method.grid[0])
     score = {}
     for setting in method.grid:
-        ids, _ = ranking(method, searcher, contexts, setting)
-        joint = searcher.judge(ids, contexts).joint
+        joint, purity = validation_scores(method, searcher, contexts, setting)
         for cell in cells:
-            here = (contexts.split == cell[0]) & (contexts.domain == cell[1])
-            score[cell, setting] = macro(joint[here], contexts.pattern[here])
+            score[cell, setting] = (purity[cell] >= method.floor.get(cell, 0.0), joint[cell])
     return {cell: max(method.grid, key=lambda s: score[cell, s]) for cell in cells}
+
+
+def validation_scores(
+    method: Method, searcher: Searcher, contexts: Contexts, setting: Any
+) -> tuple[dict[Cell, float], dict[Cell, float]]:
+    """Macro Joint and Purity per (split, domain)."""
+    scores = searcher.judge(ranking(method, searcher, contexts, setting)[0], contexts)
+    at = {c: (contexts.split == c[0]) & (contexts.domain == c[1]) for c in _cells(contexts)}
+    return tuple(
+        {c: macro(values[here], contexts.pattern[here]) for c, here in at.items()}
+        for values in (scores.joint, scores.purity)
+    )
+
+
+def _cells(contexts: Contexts) -> list[Cell]:
+    return sorted({*zip(contexts.split.tolist(), contexts.domain.tolist(), strict=True)})
 
 
 def evaluate(
@@ -191,7 +211,7 @@ def evaluate(
                 row[name] = round(macro(getattr(scores, name)[at], pattern), 6)
             row |= {"setting": setting, "probes": method.probes}
             row["calls"] = method.calls(setting) if callable(method.calls) else method.calls
-            row |= {"uses": method.uses, "index": searcher.index.name, **method.extra}
+            row |= {"uses": method.uses, "index": searcher.index.name}
             row["ann_recall"] = (
                 _recall(searcher, exact, queries[at]) if queries is not None else None
             )

@@ -13,7 +13,7 @@ import numpy as np
 
 from genret.diffusion.edm import Space
 from genret.diffusion.retriever import Retriever
-from genret.modit.protocol import Contexts, Method
+from genret.modit.protocol import Cell, Contexts, Method
 from genret.modit.stages import condition
 from genret.modit.trajectories import sort_by_density
 from genret.types import Condition, PyTree
@@ -76,11 +76,13 @@ def model_methods(
     *,
     samples: int,
     guidance: tuple[float, ...],
+    floor: dict[Cell, float],
     seed: int,
 ) -> list[Method]:
     """The lines of the table that the diffusion model is responsible for.
 
-    stages: pretrain, cpt, sft. Validation picks stage (cpt or sft) and guidance for "MO-DiT". plain: SFT
+    stages: pretrain, cpt, sft. Validation picks stage (cpt or sft) and guidance for "MO-DiT", by Joint
+    among the settings whose Purity stays above `floor`. plain: SFT
     by denoising alone, the paper's recipe, whose one-call query is the posterior mean and whose samples
     are those of its targets; the other kinds of query are shown on it, without guidance.
     """
@@ -104,7 +106,7 @@ def model_methods(
     grid = [(s, w) for s in stages if s != "pretrain" for w in guidance]
     sample = at(plain, method="heun", rows=samples)
     return [
-        Method("MO-DiT", chosen, grid, calls=lambda s: 2 if s[1] else 1),
+        Method("MO-DiT", chosen, grid, calls=lambda s: 2 if s[1] else 1, floor=floor),
         line("plain pretrained DiT", at(stages["pretrain"], null=True), 1, uses="nothing"),
         line("MO-DiT after CPT", at(stages["cpt"]), 1),
         line("MO-DiT after SFT", at(stages["sft"]), 1),

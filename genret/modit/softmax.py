@@ -13,6 +13,8 @@ from flax import struct
 
 from genret.types import Array, InputError
 
+LEAST_POSITIVES = 3  # a target of one or two items is mostly noise
+
 
 @struct.dataclass
 class Candidates:
@@ -57,7 +59,7 @@ def draw_candidates(
 def multi_positive_softmax(
     query: Array, table: Array, candidates: Candidates, temperature: float
 ) -> tuple[Array, Array]:
-    """(-mean over positives of log softmax(q·e / T), 1 where there is a positive): f32[B], f32[B].
+    """(-mean over positives of log softmax(q·e / T), 1 where there are enough positives): f32[B] each.
 
     query: f32[B, D] unit-norm; table: f32[N, D]. Seeds are left out of the softmax, as evaluation leaves
     them out of the ranking.
@@ -70,4 +72,4 @@ def multi_positive_softmax(
     hit = candidates.hits >= 0
     found = jnp.where(hit, jnp.take_along_axis(log_p, jnp.maximum(candidates.hits, 0), axis=1), 0.0)
     count = hit.sum(-1)
-    return -found.sum(-1) / jnp.maximum(count, 1), (count > 0).astype(jnp.float32)
+    return -found.sum(-1) / jnp.maximum(count, 1), (count >= LEAST_POSITIVES).astype(jnp.float32)

@@ -88,7 +88,7 @@ class TailBatch:
 
 
 def tail_batch(rng: np.random.Generator, data: TrainingSet, size: int, seeds: int) -> Batch:
-    """Stage 3: seeds from the low half of a cell -> normalised centroid of a random half of its tail.
+    """Stage 3: low items of a cell -> normalised centroid of a random half of its tail.
 
     The number of seeds varies from 4 (or fewer) to `seeds`, for robustness to seed-set size. A cell
     without an item to draw gets weight 0.

@@ -214,7 +214,7 @@ def sort_by_density(items: np.ndarray, density: np.ndarray, domain: np.ndarray) 
 
 @dataclass(frozen=True)
 class Tails:
-    """Per domain and cell: the low half seeds are drawn from and the high-density tail.
+    """Per domain and cell: the low items seeds are drawn from and the high-density tail.
 
     low, tail: i32[M, C, L] and i32[M, C, T] catalogue rows, padded with -1.
     """
@@ -224,30 +224,38 @@ class Tails:
 
 
 def fit_tails(
-    cells: Cells, density: np.ndarray, has: np.ndarray, *, share: float = 0.1, least: int = 8
+    cells: Cells, density: np.ndarray, seen: np.ndarray, *, share: float = 0.1, least: int = 8
 ) -> Tails:
-    """Tail = the top `share` of a cell by density, at least `least` items; low = the items below its
-    median that are not known to have the attribute (has: bool[M, N])."""
+    """Tail = the top `share` of a cell by density, at least `least` items. Low = its items that are known
+    to lack the attribute, as the seeds of a question do; where fewer than `least` are known, the items of
+    lowest density among the unknown make up the number.
+
+    seen: i8[M, N], labels that were looked up (1, 0, and -1 for unknown).
+    """
     domains, (count, longest) = len(density), cells.members.shape
     sizes = (cells.members >= 0).sum(1)
     tail_size = np.minimum(np.maximum(np.ceil(share * sizes).astype(int), least), sizes)
-    low = np.full((domains, count, (longest + 1) // 2), -1, np.int32)
+    low = np.full((domains, count, longest), -1, np.int32)
     tail = np.full((domains, count, int(tail_size.max())), -1, np.int32)
     for m in range(domains):
         ordered = sort_by_density(cells.members, density[m : m + 1], np.zeros(count, int))
-        half = ordered[:, : low.shape[2]]
-        keep = (np.arange(low.shape[2]) < (sizes // 2)[:, None]) & ~has[m, half]
-        low[m] = np.where(keep, half, -1)
+        label = np.where(ordered >= 0, seen[m, ordered], 1)
+        by_label = np.argsort(np.select([label == 0, label < 0], [0, 1], 2), axis=1, kind="stable")
+        lacking, unknown = (label == 0).sum(1), (label < 0).sum(1)
+        kept = np.maximum(lacking, np.minimum(lacking + unknown, least))
+        low[m] = np.where(
+            np.arange(longest) < kept[:, None], np.take_along_axis(ordered, by_label, 1), -1
+        )
         from_top = sizes[:, None] - 1 - np.arange(tail.shape[2])
         top = np.take_along_axis(ordered, np.maximum(from_top, 0), 1)
         tail[m] = np.where(np.arange(tail.shape[2]) < tail_size[:, None], top, -1)
-    return Tails(low, tail)
+    return Tails(low[:, :, : max(1, int((low >= 0).sum(2).max()))], tail)
 
 
 def seeds_and_tail(
     rng: np.random.Generator, tails: Tails, cell: np.ndarray, domain: np.ndarray, seeds: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Seeds i32[B, seeds] from the low half (-1 at the end where it is smaller) and a random half of the
+    """Seeds i32[B, seeds] from the low items (-1 at the end where it is smaller) and a random half of the
     tail, as a mask bool[B, T] over `tails.tail`: a cheap target distribution against collapse."""
     low, tail = tails.low[domain, cell], tails.tail[domain, cell]
     chosen = _draw(rng, low, np.where(low >= 0, 0.0, NEVER), seeds)

@@ -97,8 +97,8 @@ def world():
         density = rng.random((2, n)).astype(np.float32)
         if levels:  # many ties
             density = np.floor(density * levels).astype(np.float32) / levels
-        has = rng.random((2, n)) < 0.2
-        tails = tr.fit_tails(cells, density, has, share=share, least=least)
-        return TrainingSet(x, np.sort(rows), density, has, cells, neighbours, tails)
+        seen = rng.choice([-1, 0, 1], (2, n), p=[0.4, 0.4, 0.2]).astype(np.int8)
+        tails = tr.fit_tails(cells, density, seen, share=share, least=least)
+        return TrainingSet(x, np.sort(rows), density, seen == 1, cells, neighbours, tails)
 
     return make

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from genret.modit import contrastive
+from genret.modit import contrastive, softmax
 from genret.modit import trajectories as tr
 from genret.modit.protocol import Contexts
 from genret.modit.softmax import Candidates, draw_candidates, multi_positive_softmax
@@ -31,7 +31,9 @@ def test_the_encoder_starts_at_the_seed_mean(width):
     np.testing.assert_allclose(model.apply(params, x, domain), x, atol=1e-6)
 
 
-def test_softmax_by_hand():
+def test_softmax_by_hand(monkeypatch):
+    monkeypatch.setattr(softmax, "LEAST_POSITIVES", 1)
+
     # One query (1, 0), T = .05; candidates 0, 1, 2 at logits 20, 19.2, 16.
     def loss(hits, seeds):
         candidates = Candidates(np.array([[0, 1, 2]]), np.array([hits]), np.array([seeds]))
@@ -47,6 +49,8 @@ def test_softmax_by_hand():
     both = 0.5 * (2 * np.log(1 + e(-3.2)) + 3.2)
     assert loss([1, 2], [-1, 0]) == (pytest.approx(both, abs=1e-4), 1.0)
     assert loss([-1, -1], [0, -1]) == (0.0, 0.0)  # nothing to find, nothing to learn
+    monkeypatch.setattr(softmax, "LEAST_POSITIVES", 2)  # the least that counts
+    assert [loss(hits, [-1, 0])[1] for hits in ([1, -1], [1, 2])] == [0.0, 1.0]
 
 
 def test_candidates_hold_the_positives_and_no_seed_is_one():
@@ -81,7 +85,8 @@ def captured(monkeypatch):
     return seen
 
 
-def test_loss_of_three_items_by_hand(captured, tmp_path):
+def test_loss_of_three_items_by_hand(captured, monkeypatch, tmp_path):
+    monkeypatch.setattr(softmax, "LEAST_POSITIVES", 1)
     cells = tr.Cells(np.array([[0, 1, 2]], np.int32), np.zeros((1, 3), np.int32), np.zeros(1, int))
     tails = tr.Tails(np.array([[[0, -1]]], np.int32), np.array([[[1]]], np.int32))
     none = np.zeros((1, 3), bool)

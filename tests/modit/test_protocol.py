@@ -23,6 +23,15 @@ def mean_method(molecules):
     return pr.Method("seed mean", lambda c, _: seed_mean(molecules.embeddings, c)[:, None], uses="nothing")
 
 
+@pytest.fixture(scope="module")
+def steering(molecules, fitted):
+    def run(contexts, strength):
+        q = seed_mean(molecules.embeddings, contexts) + strength * fitted.normals[contexts.domain]
+        return (q / np.linalg.norm(q, axis=1, keepdims=True))[:, None]
+
+    return pr.Method("steering", run, (0.8, 0.4, 0.2, 0.0))
+
+
 @pytest.mark.parametrize("stage", ["validation", "test"])
 def test_contexts_are_held_out_items_without_the_attribute(molecules, splits, stage):
     contexts = pr.draw_contexts(molecules, splits, stage)
@@ -137,33 +146,43 @@ def test_each_cell_chooses_its_own_setting(molecules, searcher, validation):
     assert set(pr.choose(never, searcher, validation).values()) == {"only"}
 
 
-def test_the_choice_is_on_validation_alone(molecules, splits, searcher, fitted, validation, test_contexts):
-    def steering(contexts, strength):
-        q = seed_mean(molecules.embeddings, contexts) + strength * fitted.normals[contexts.domain]
-        return (q / np.linalg.norm(q, axis=1, keepdims=True))[:, None]
-
-    method = pr.Method("steering", steering, (0.0, 0.2, 0.4, 0.8))
-    chosen = pr.choose(method, searcher, validation)
+def test_the_choice_is_on_validation_alone(molecules, searcher, steering, validation, test_contexts):
+    chosen = pr.choose(steering, searcher, validation)
     assert len(set(chosen.values())) > 1
     # The best by its own score, cell by cell.
     for (s, m), setting in chosen.items():
         here = validation.take(np.flatnonzero((validation.split == s) & (validation.domain == m)))
         joint = {}
-        for strength in method.grid:
-            found = searcher.judge(searcher.rank(steering(here, strength), here), here).joint
+        for strength in steering.grid:
+            found = searcher.judge(searcher.rank(steering.run(here, strength), here), here).joint
             joint[strength] = np.mean([found[here.pattern == p].mean() for p in set(here.pattern)])
         assert joint[setting] == pytest.approx(max(joint.values()))
     # Labels of the test patterns flipped, test questions cut down: the same settings, other rows.
     asked = np.isin(molecules.patterns, list(set(test_contexts.pattern) - set(validation.pattern)))
     labels = np.where(asked, 1 - molecules.labels, molecules.labels).astype(np.int8)
     flipped = pr.Searcher(dataclasses.replace(molecules, labels=labels), searcher.index, 20)
-    assert pr.choose(method, flipped, validation) == chosen
+    assert pr.choose(steering, flipped, validation) == chosen
     fewer = test_contexts.take(np.arange(0, len(test_contexts), 2))
     for test in (test_contexts, fewer):
-        rows = pr.evaluate(method, searcher, searcher.index, validation, test, PROTOCOL)
+        rows = pr.evaluate(steering, searcher, searcher.index, validation, test, PROTOCOL)
         for row in rows:
             cell = pr.SPLITS.index(row["split"]), molecules.attribute_names.index(row["domain"])
             assert row["setting"] == chosen[cell]
+
+
+def test_settings_below_the_purity_floor_are_passed_over(searcher, steering, validation):
+    scores = {s: pr.validation_scores(steering, searcher, validation, s) for s in steering.grid}
+    free = pr.choose(steering, searcher, validation)
+    _, kept = scores[0.0]
+    floor = {cell: p - 0.02 for cell, p in kept.items()}
+    held = pr.choose(dataclasses.replace(steering, floor=floor), searcher, validation)
+    assert held != free
+    for cell, setting in held.items():
+        allowed = [s for s in steering.grid if scores[s][1][cell] >= floor[cell]]
+        assert setting in allowed
+        assert scores[setting][0][cell] == max(scores[s][0][cell] for s in allowed)
+    none = dataclasses.replace(steering, floor=dict.fromkeys(kept, 2.0))  # then Joint alone decides
+    assert pr.choose(none, searcher, validation) == free
 
 
 def test_rankings_calls_and_sets_are_accounted(molecules, searcher, validation, test_contexts):
@@ -183,9 +202,9 @@ def test_rankings_calls_and_sets_are_accounted(molecules, searcher, validation, 
     plain = rows(pr.Method("mean", lambda c, _: seed_mean(x, c)[:, None]))
     for one, two in zip(plain, rows(pr.Method("its ranking", ranked)), strict=True):
         assert two["ann_recall"] is None and one["per_context"] == two["per_context"]
-    method = pr.Method("pair", pair, (0.5,), probes=2, calls=lambda s: int(2 * s), extra={"note": 1})
+    method = pr.Method("pair", pair, (0.5,), probes=2, calls=lambda s: int(2 * s))
     for row in rows(method):
-        assert (row["probes"], row["calls"], row["note"], row["setting"]) == (2, 1, 1, 0.5)
+        assert (row["probes"], row["calls"], row["setting"]) == (2, 1, 0.5)
         assert all(0 <= h <= 20 for h in row["per_context"]["joint"])
 
 

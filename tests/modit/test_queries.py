@@ -129,11 +129,13 @@ def test_roll_out_puts_the_query_right_after_the_seeds(model, contexts):
 
 def test_the_lines_of_the_table(model, untrained, contexts):
     stages = {"pretrain": model, "cpt": untrained, "sft": model}
-    lines = qs.model_methods(stages, model, samples=3, guidance=(0.0, 2.0), seed=5)
+    floor = {(0, 0): 0.5}
+    lines = qs.model_methods(stages, model, samples=3, guidance=(0.0, 2.0), floor=floor, seed=5)
     by = {m.name.strip(): m for m in lines}
     assert len(by) == len(lines)
     chosen = by["MO-DiT"]  # validation picks among trained stages and guidances, never pretraining
     assert set(chosen.grid) == {(s, w) for s in ("cpt", "sft") for w in (0.0, 2.0)}
+    assert chosen.floor == floor
     assert [chosen.calls((s, w)) for s, w in (("sft", 0.0), ("sft", 2.0))] == [1, 2]
     for setting in chosen.grid:
         np.testing.assert_array_equal(

@@ -13,14 +13,16 @@ from genret.modit.softmax import Candidates, draw_candidates, multi_positive_sof
 def test_loss_by_hand():
     # One query e₁ against e₁, e₂, -e₁ and a seed; T = .5, so logits are 2, 0, -2 (the seed is left out).
     table = np.array([[1, 0], [0, 1], [-1, 0], [0.6, 0.8]], np.float32)
-    candidates = Candidates(np.array([[0, 1, 2, 3]]), np.array([[0, 1, -1]]), np.array([[3, -1]]))
+    candidates = Candidates(np.array([[0, 1, 2, 3]]), np.array([[0, 1, 2, -1]]), np.array([[3, -1]]))
     loss, weight = multi_positive_softmax(jnp.array([[1.0, 0.0]]), table, candidates, 0.5)
     total = np.log(np.exp(2) + 1 + np.exp(-2))
-    np.testing.assert_allclose(loss, [-((2 - total) + (0 - total)) / 2], rtol=1e-6)
+    np.testing.assert_allclose(loss, [-((2 - total) + (0 - total) + (-2 - total)) / 3], rtol=1e-6)
     assert weight == 1
-    nothing = candidates.replace(hits=np.array([[-1, -1, -1]]))
-    loss, weight = multi_positive_softmax(jnp.array([[1.0, 0.0]]), table, nothing, 0.5)
-    assert weight == 0 and np.isfinite(loss).all()
+    for few in ([-1, -1, -1], [0, 1, -1]):
+        loss, weight = multi_positive_softmax(
+            jnp.array([[1.0, 0.0]]), table, candidates.replace(hits=np.array([few])), 0.5
+        )
+        assert weight == 0 and np.isfinite(loss).all()
 
 
 def test_gradient_moves_the_query_to_its_positives():
@@ -49,8 +51,10 @@ def test_every_positive_is_a_candidate_and_none_is_drawn_twice(seed, positives, 
     assert len(drawn) == len(set(drawn)) == min(limit, 100) // 4 * 4 and set(drawn) <= set(train)
     there = found.hits >= 0
     assert (drawn[found.hits[there]] == wanted[there]).all()
+    own = (wanted[..., None] == seeds[:, None]).any(-1)  # evaluation would not return a seed
+    assert not there[own].any()
     if len(np.unique(wanted[wanted >= 0])) <= len(drawn):
-        assert there[wanted >= 0].all()
+        assert there[(wanted >= 0) & ~own].all()
     assert (found.seeds[:, 1] == -1).all()  # a seed that is no training item is nowhere in the softmax
     near = found.seeds[:, 0] >= 0
     assert (drawn[found.seeds[near, 0]] == seeds[near, 0]).all()

@@ -13,6 +13,7 @@ from genret.diffusion.dit import make_dit
 from genret.diffusion.retriever import Retriever
 from genret.modit import stages
 from genret.modit import trajectories as tr
+from genret.modit.softmax import LEAST_POSITIVES
 from genret.training.loop import draw_for
 from genret.types import Condition, InputError
 
@@ -132,17 +133,18 @@ def test_sft_contexts_are_sorted_seeds_of_varying_number(world, stage_of):
 
 
 def test_sft_seeds_survive_where_the_low_half_is_small(world, stage_of):
-    # Cells of 8 have four seeds for eight places: however many are kept, padding displaces none.
+    # Four items known to lack it for eight places: however many are kept, padding displaces none.
     data = world([8, 8], least=2)
-    has = np.zeros_like(data.has)
-    tails = tr.fit_tails(data.cells, data.density, has, share=0.1, least=2)
-    data = dataclasses.replace(data, has=has, tails=tails)
+    seen = np.full(data.has.shape, -1, np.int8)
+    seen[:, data.cells.members[:, :4]] = 0
+    tails = tr.fit_tails(data.cells, data.density, seen, share=0.1, least=2)
+    data = dataclasses.replace(data, has=seen == 1, tails=tails)
     batch = stage_of("sft", data, batch=200).batch(0, None)
     assert batch.condition.mask.sum(1).min() == 4
-    # A cell whose low half is known to have the attribute has no seed to offer, and no weight.
-    has[0, data.cells.members[0]] = True
-    tails = tr.fit_tails(data.cells, data.density, has, share=0.1, least=2)
-    data = dataclasses.replace(data, has=has, tails=tails)
+    # A cell whose items are all known to have the attribute has no seed to offer, and no weight.
+    seen[0, data.cells.members[0]] = 1
+    tails = tr.fit_tails(data.cells, data.density, seen, share=0.1, least=2)
+    data = dataclasses.replace(data, has=seen == 1, tails=tails)
     batch = stage_of("sft", data, batch=200).batch(0, None)
     np.testing.assert_array_equal(batch.weight, batch.condition.mask.any(1))
     assert 0 < (batch.weight == 0).sum() < 100
@@ -215,7 +217,7 @@ def test_retrieval_term_by_hand(world, stage_of):
         log_p = dict(zip(others, logits - np.log(np.exp(logits).sum()), strict=True))
         homes = [c for c in range(3) if set(seeds) <= set(data.tails.low[domain[b], c])]
         hits = [[i for i in data.cells.members[c] if i >= 0 and data.has[domain[b], i]] for c in homes]
-        softmax = [-np.mean([log_p[i] for i in h]) for h in hits]
+        softmax = [-np.mean([log_p[i] for i in h]) if len(h) >= LEAST_POSITIVES else 0 for h in hits]
         gain = float(terms.loss[b] - denoising.loss[b]) / 0.7
         assert min(abs(gain - s) for s in softmax) < 1e-3, (gain, softmax)
     np.testing.assert_allclose(terms.loss, terms.aux["denoising"] + 0.7 * terms.aux["softmax"], rtol=1e-5)

@@ -181,16 +181,20 @@ def test_tails_by_hand():
     members = np.full((2, 10), -1, np.int32)
     members[0], members[1, :3] = range(10), (10, 11, 12)
     cells = tr.Cells(members, np.array([[0] * 10 + [1] * 3 + [-1]]), np.zeros(2, int))
-    has = np.zeros((1, 14), bool)
-    tails = tr.fit_tails(cells, density, has, share=0.3, least=2)
-    np.testing.assert_array_equal(tails.low[0, 0], [2, 5, 7, 0, 9])  # .0 to .4: below the median
+    seen = np.full((1, 14), -1, np.int8)
+    tails = tr.fit_tails(cells, density, seen, share=0.3, least=2)
+    np.testing.assert_array_equal(tails.low[0, 0], [2, 5])  # nothing known: the two of lowest density
     np.testing.assert_array_equal(tails.tail[0, 0], [1, 6, 4])  # .9 .8 .7: the top 30 %
-    np.testing.assert_array_equal(tails.low[0, 1], [11, -1, -1, -1, -1])
+    np.testing.assert_array_equal(tails.low[0, 1], [11, 10])
     np.testing.assert_array_equal(tails.tail[0, 1], [12, 10, -1])  # at least two
-    has[0, [5, 0, 12]] = True  # a seed lacks the attribute, as far as is known
-    tails = tr.fit_tails(cells, density, has, share=0.3, least=2)
-    assert set(tails.low[0, 0]) == {2, 7, 9, -1} and set(tails.tail[0, 0]) == {1, 6, 4}
-    whole = tr.fit_tails(cells, density, has, share=1.0, least=2)
+    seen[0, [4, 1, 8, 12]], seen[0, [2, 11, 10]] = 0, 1
+    tails = tr.fit_tails(cells, density, seen, share=0.3, least=2)
+    np.testing.assert_array_equal(tails.low[0, 0], [8, 4, 1])  # all that are known to lack it: .6 .7 .9
+    np.testing.assert_array_equal(tails.tail[0, 0], [1, 6, 4])  # labels do not move the tail
+    np.testing.assert_array_equal(tails.low[0, 1], [12, -1, -1])  # the others have it
+    tails = tr.fit_tails(cells, density, seen, share=0.3, least=5)
+    np.testing.assert_array_equal(tails.low[0, 0], [8, 4, 1, 5, 7])  # made up from the unknown: .1 .2
+    whole = tr.fit_tails(cells, density, seen, share=1.0, least=2)
     assert set(whole.tail[0, 0]) == set(range(10)) and set(whole.tail[0, 1]) == {10, 11, 12, -1}
 
 
@@ -201,17 +205,21 @@ def test_tails_by_hand():
     least=st.integers(1, 8),
     seed=st.integers(0, 10_000),
 )
-def test_tails_are_on_top_and_seeds_below_the_median(world, sizes, share, least, seed):
-    data = world(sizes, seed, share=share, least=least)
+def test_tails_are_on_top_and_low_items_lack_the_attribute(world, sizes, share, least, seed):
+    data, rng = world(sizes, seed), np.random.default_rng(seed)
+    seen = rng.choice([-1, 0, 1], data.density.shape, p=rng.dirichlet([1, 1, 1])).astype(np.int8)
+    tails = tr.fit_tails(data.cells, data.density, seen, share=share, least=least)
     for m in range(2):
         for c, size in enumerate(sizes):
             rho, items = data.density[m], data.cells.members[c, :size]
-            low, tail = (t[m, c][t[m, c] >= 0] for t in (data.tails.low, data.tails.tail))
+            low, tail = (t[m, c][t[m, c] >= 0] for t in (tails.low, tails.tail))
             ordered = items[np.argsort(rho[items])]  # densities are distinct
-            half = ordered[: size // 2]
-            np.testing.assert_array_equal(low, half[~data.has[m, half]])
             assert len(tail) == min(size, max(least, int(np.ceil(share * size))))
             np.testing.assert_array_equal(tail[::-1], ordered[-len(tail) :])
+            lacking = [i for i in ordered if seen[m, i] == 0]
+            unknown = [i for i in ordered if seen[m, i] == -1]
+            filled = unknown[: max(0, least - len(lacking))]
+            np.testing.assert_array_equal(low, lacking + filled)
 
 
 def test_seeds_and_half_of_the_tail_are_fair_draws(world):
