@@ -28,11 +28,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a results file; a last line cut short by a kill is left out."""
     if not path.exists():
         return []
-    return [
-        json.loads(line)
-        for line in path.read_text().splitlines(keepends=True)
-        if line.endswith("\n")
-    ]
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -92,9 +92,7 @@ class Run:
     def purity_floor(self) -> dict[protocol.Cell, float]:
         """Validation Purity of the seed mean, less what MO-DiT may lose of it."""
         seed_mean = next(self.baselines.methods())
-        _, purity = protocol.validation_scores(
-            seed_mean, self.searcher, self.contexts("validation"), None
-        )
+        _, purity = protocol.validation_scores(seed_mean, self.searcher, self.contexts("validation"), None)
         return {cell: p - self.config.evaluation.purity_slack for cell, p in purity.items()}
 
     @functools.cached_property
@@ -135,8 +133,12 @@ class Run:
         # Pretraining knows no attribute, so its anchor is the seed mean alone.
         directions = self.directions * (name != "pretrain")
         batch = stages.DRAWS[name](rng, self.fitted.data, 2048, self.length(name))
+        rows = np.flatnonzero(batch.weight)
         return edm.fit_space(
-            batch.condition, batch.target, directions, per_coordinate=c.per_coordinate
+            jax.tree.map(lambda x: x[rows], batch.condition),
+            batch.target[rows],
+            directions,
+            per_coordinate=c.per_coordinate,
         )
 
     def length(self, name: str) -> int:
@@ -146,9 +148,7 @@ class Run:
     def stage(self, folder: str) -> Stage:
         """The training stage of `folder`, ready to fit."""
         c, name = self.config, folder.partition("_")[0]
-        term = (
-            stages.RetrievalTerm(**c.retrieval) if folder == "sft" and c.retrieval.weight else None
-        )
+        term = stages.RetrievalTerm(**c.retrieval) if folder == "sft" and c.retrieval.weight else None
         return stages.make_stage(
             name, self.retriever, self.space(name), self.fitted.data, batch=c.batch,
             length=self.length(name), replay=c.replay if name == "cpt" else 0.0, seed=self.seed,
@@ -180,9 +180,7 @@ class Run:
             self.folder / folder / "checkpoints", shapes,
             card=stages.model_card(self.retriever.model, space), step=step,
         )  # fmt: skip
-        return MoDiT(
-            self.retriever, params, space, self.catalogue.embeddings, self.fitted.predicted
-        )
+        return MoDiT(self.retriever, params, space, self.catalogue.embeddings, self.fitted.predicted)
 
     def contrastive(self, source: str, steps: int) -> Callable:
         """The discriminative rival; trained on the first call, read back later."""
@@ -191,9 +189,7 @@ class Run:
             positive = f.data.has
         else:  # as many pseudo-positives as the labels' own rate, by predicted density
             rates = [(s == 1).sum() / max((s >= 0).sum(), 1) for s in f.labels.seen]
-            cut = [
-                np.quantile(p[f.data.train], 1 - r) for p, r in zip(f.predicted, rates, strict=True)
-            ]
+            cut = [np.quantile(p[f.data.train], 1 - r) for p, r in zip(f.predicted, rates, strict=True)]
             positive = f.predicted >= np.asarray(cut)[:, None]
         return contrastive.fit_contrastive(
             f.data, positive, self.folder / f"contrastive_{source}_{steps}",
@@ -216,14 +212,10 @@ class Run:
                 )
             )  # fmt: skip
         regressor = self.model(REGRESSION)
-        out.append(
-            protocol.Method(
-                "MSE regressor (same DiT)", lambda c, w: regressor.queries(c, w), (0.0,), calls=1
-            )
-        )
+        out.append(protocol.Method("MSE regressor (same DiT)", lambda c, _: regressor.queries(c), calls=1))
         out += model_methods(
             {name: self.model(name) for name in STAGES}, self.model(PLAIN), samples=e.samples,
-            guidance=tuple(e.guidance), floor=self.purity_floor, seed=self.seed,
+            reaches=e.reaches, guidance=e.guidance, floor=self.purity_floor, seed=self.seed,
         )  # fmt: skip
         return out + list(base.references())
 

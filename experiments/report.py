@@ -180,9 +180,7 @@ def text_table(r: Results) -> str:
         return first.ljust(name) + "  ".join("".join(g) for g in (means, *groups)) + rest
 
     means = [s.split("_")[0].rjust(mean) for s in r.splits]
-    head = line(
-        "", means, [f"{t:>5}" for t in tags] * splits, "   attr  pur norm probes calls  reads"
-    )
+    head = line("", means, [f"{t:>5}" for t in tags] * splits, "   attr  pur norm probes calls  reads")
     top = " " * name + f"mean Joint@{r.k}".rjust(mean * splits)
     lines = [top + "".join(f"  {s:>{5 * domains}}" for s in r.splits), head, "-" * len(head)]
     for i, method in enumerate(r.methods):
@@ -229,9 +227,7 @@ def verdicts(r: Results) -> list[Verdict]:
         if CEILING in row:
             gap = joint[row[CEILING]].mean() - best.mean()
             share = f"{(ours.mean() - best.mean()) / gap:.0%}" if gap > 0 else "none left"
-            text = (
-                "of the distance from that best baseline to the true-positives centroid is closed"
-            )
+            text = "of the distance from that best baseline to the true-positives centroid is closed"
             out.append(Verdict(share, text))
     if CENTROID in row:
         lost = purity[row[CENTROID]] - purity[row[OURS]]

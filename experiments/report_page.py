@@ -65,9 +65,7 @@ pre{font:.78rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;white-s
 
 
 def _variables() -> str:
-    light, dark = (
-        "".join(f"--{name}:{pair[i]};" for name, pair in THEME.items()) for i in range(2)
-    )
+    light, dark = ("".join(f"--{name}:{pair[i]};" for name, pair in THEME.items()) for i in range(2))
     return f":root{{{light}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}"
 
 
@@ -163,9 +161,7 @@ def render(
     intervals: Sequence[Interval], chart: Figure,
 ) -> str:  # fmt: skip
     """The whole page; chart is the frontier, the other figures are drawn here."""
-    cards = "".join(
-        f"<div><b>{escape(v.figure)}</b><span>{escape(v.text)}</span></div>" for v in verdicts
-    )
+    cards = "".join(f"<div><b>{escape(v.figure)}</b><span>{escape(v.text)}</span></div>" for v in verdicts)
     parts = ["<h1>MO-DiT and its rivals</h1>", f"<p>{escape(protocol)}</p>"]
     parts += [f"<p>Unfinished: {escape(sentence)}.</p>" for sentence in r.unfinished()]
     parts += [f'<div class="verdicts">{cards}</div>']

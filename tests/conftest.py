@@ -5,9 +5,7 @@ import sys
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax
 import pytest
@@ -46,9 +44,7 @@ def pytest_collection_modifyitems(config, items):
         "shared": not (ROOT.parent / "shared" / "data").is_dir(),
         "gpu": jax.default_backend() == "cpu",
     }
-    left_out = [
-        i for i in items if any(i.get_closest_marker(m) for m, gone in absent.items() if gone)
-    ]
+    left_out = [i for i in items if any(i.get_closest_marker(m) for m, gone in absent.items() if gone)]
     items[:] = [i for i in items if i not in left_out]
     config.left_out = [i.nodeid for i in left_out]
 

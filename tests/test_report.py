@@ -106,9 +106,7 @@ def test_text_table_marks_the_best_and_rules_off_references(workdir):
 
 def test_verdicts_by_hand(workdir):
     found = report.verdicts(report.read_results(workdir / "results.jsonl"))
-    figures = {
-        v.text.split(" in Joint")[0].removeprefix("cells where MO-DiT is "): v for v in found
-    }
+    figures = {v.text.split(" in Joint")[0].removeprefix("cells where MO-DiT is "): v for v in found}
     # Differences to the seed mean .25 .25 .25 -.125, mean .15625; to steering 0 .25 .25 .125:
     # a tie is not ahead. Best of the two per cell: .5 .25 .25 .5, mean .375.
     assert figures["ahead of seed mean"].figure == "3 of 4"

@@ -49,17 +49,13 @@ def get_config(argument: str = "") -> ConfigDict:
         return options | kw
 
     c = ConfigDict()
-    c.seeds = tuple(
-        int(s) for s in arg.seeds.split("+")
-    )  # one whole run each: labels, cells, training
+    c.seeds = tuple(int(s) for s in arg.seeds.split("+"))  # one whole run each: labels, cells, training
     c.catalogue = dict(
         data=arg.data,  # moses, fashion, streaming, or a path
         folder="data",  # where built catalogues are kept
         raw=arg.raw,  # Kaggle CSVs
         embeddings=arg.embeddings,  # npy in the documented order; empty = encode here
-        num_items=2_000
-        if arg.size == "test"
-        else 40_000,  # moses: molecules to sample (0 = all 1.9 M)
+        num_items=2_000 if arg.size == "test" else 40_000,  # moses: molecules to sample (0 = all 1.9 M)
         pattern="cells",  # moses: cells or scaffold
         cells={"fashion": 400, "streaming": 300}.get(arg.data, 0),  # evaluation cells (0 = N / 64)
         seed=0,  # of the sample, the cells and the split
@@ -91,9 +87,7 @@ def get_config(argument: str = "") -> ConfigDict:
     c.replay = 0.15  # share of CPT batches replayed from stage 1 (papers' A.6)
     c.stages = {
         name: fit(n, learning_rate=r)
-        for name, n, r in zip(
-            ("pretrain", "cpt", "sft"), steps, (rate, rate / 2, rate / 2), strict=True
-        )
+        for name, n, r in zip(("pretrain", "cpt", "sft"), steps, (rate, rate / 2, rate / 2), strict=True)
     }
     c.retrieval = dict(
         weight=1.0,  # of the retrieval-aware term in SFT; 0 = the paper's recipe
@@ -102,9 +96,7 @@ def get_config(argument: str = "") -> ConfigDict:
     )
     c.contrastive = dict(
         steps=(4,) if arg.size == "test" else (60, 200),  # runs; validation picks one
-        fit=fit(
-            0, warmup=10, weight_decay=0.05, ema_decay=0.9, log_every=20
-        ),  # steps come from above
+        fit=fit(0, warmup=10, weight_decay=0.05, ema_decay=0.9, log_every=20),  # steps come from above
     )
     c.mesh = dict(data=-1, fsdp=1, tensor=1)  # devices per axis; -1 takes what is left
     c.evaluation = dict(
@@ -115,8 +107,9 @@ def get_config(argument: str = "") -> ConfigDict:
         least_positives=5,  # a pattern with fewer is not asked
         per_pattern=2,  # contexts per (pattern, domain)
         samples=4 if arg.size == "test" else 8,  # for "mean of n" and "n merged"
-        guidance=(0.0, -0.1, -0.2, -0.3, 0.5, 1.0, 2.0),  # tried on validation; below 0 asks for less
-        purity_slack=0.045,  # Purity that MO-DiT's setting may lose to the seed mean on validation
+        reaches=(1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 1.2),  # of the query past the seed mean; tried on validation
+        guidance=(1.0, 2.0),  # classifier-free, on the domain; tried on validation at reach 1
+        purity_slack=0.04,  # Purity that MO-DiT's setting may lose to the seed mean on validation
         seed=0,  # of the contexts: the same for every run
     )
     return c

@@ -95,9 +95,7 @@ def spherical_kmeans(
             "Ask for at least 1 and at most one per row.",
         )
     if iterations < 1 or block < 1:
-        raise InputError(
-            "iterations" if iterations < 1 else "block", "is below 1", "Pass a positive number."
-        )
+        raise InputError("iterations" if iterations < 1 else "block", "is below 1", "Pass a positive number.")
     chosen = np.random.default_rng(seed).choice(len(embeddings), num_clusters, replace=False)
     centroids = np.asarray(embeddings[np.sort(chosen)], np.float32)
     cell = None

@@ -149,9 +149,7 @@ def load(
         if catalogue is not None:
             return catalogue
         _build(path, entry, shards, counts, columns, cells, seed, min_pattern)
-    raise InputError(
-        "cache", f"{entry} cannot be read back", "Check the disk, or pass another cache folder."
-    )
+    raise InputError("cache", f"{entry} cannot be read back", "Check the disk, or pass another cache folder.")
 
 
 def _shards(path: Path) -> list[Path]:
@@ -299,9 +297,7 @@ def _open(path: Path, entry: Path) -> Catalogue | None:
         embeddings = np.load(entry / "embeddings.npy", mmap_mode="r", allow_pickle=False)
         arrays = {name: np.load(entry / f"{name}.npy", allow_pickle=False) for name in _ARRAYS}
         strings = {
-            name: pa.ipc.open_file(pa.memory_map(str(entry / f"{name}.arrow")))
-            .read_all()[name]
-            .chunk(0)
+            name: pa.ipc.open_file(pa.memory_map(str(entry / f"{name}.arrow"))).read_all()[name].chunk(0)
             for name in ("ids", "texts")
             if f"{name}.arrow" in files
         }
@@ -385,11 +381,7 @@ def _column(name: str, values: Any, total: int, kind: pa.DataType | None) -> pa.
             column = pc.if_else(pc.less(column, 0), pa.scalar(None, column.type), column)
         column = column if kind is None else column.cast(kind)
     except (pa.ArrowException, TypeError) as error:
-        raise InputError(
-            name, f"cannot be written ({error})", "See genret.catalogue.format."
-        ) from error
+        raise InputError(name, f"cannot be written ({error})", "See genret.catalogue.format.") from error
     if len(column) != total:
-        raise InputError(
-            name, f"{len(column)} values for {total} embeddings", "Pass one value per row."
-        )
+        raise InputError(name, f"{len(column)} values for {total} embeddings", "Pass one value per row.")
     return column

@@ -124,9 +124,7 @@ def streaming(
     return Path(path)
 
 
-def _read(
-    path: Path, columns: Sequence[str], surplus_in_last: bool = False
-) -> list[dict[str, str]]:
+def _read(path: Path, columns: Sequence[str], surplus_in_last: bool = False) -> list[dict[str, str]]:
     """Rows of a CSV file by column name; every named column must be there, others may be."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:

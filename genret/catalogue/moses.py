@@ -200,10 +200,7 @@ def _sample_scaffolds(
     rng.shuffle(unseen)
     period = round(1 / HOLDOUT_SHARE)  # every fifth scaffold is an unseen one
     count = min(period * len(unseen), len(seen) * period // (period - 1))
-    sets = [
-        unseen[i // period] if (i + 1) % period == 0 else seen[i - i // period]
-        for i in range(count)
-    ]
+    sets = [unseen[i // period] if (i + 1) % period == 0 else seen[i - i // period] for i in range(count)]
     fitting = np.searchsorted(np.cumsum([len(rows) for rows in sets]), items, side="right")
     if not fitting:
         problem = f"{items} molecules have no scaffold {least} times"

@@ -81,8 +81,7 @@ def make_splits(
             raise InputError(name, f"{value} is not between 0 and 1", "Pass a share such as 0.2.")
     patterns, groups = catalogue.patterns, catalogue.groups
     train, item_holdout, pattern_holdout = (
-        catalogue.assigned == SPLIT_NAMES.index(name)
-        for name in ("train", "item_holdout", "pattern_holdout")
+        catalogue.assigned == SPLIT_NAMES.index(name) for name in ("train", "item_holdout", "pattern_holdout")
     )
     order, halves, priority, coins = (np.random.default_rng([seed, i]) for i in range(4))
     held = _hold_patterns(catalogue, pattern_fraction, order)
@@ -171,9 +170,7 @@ def _draw_groups(
     patterns: np.ndarray, groups: np.ndarray, priority: np.ndarray, fraction: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """(pattern, group) pairs i64[n]: in each pattern the share of its groups lowest in priority."""
-    pattern, group = np.divmod(
-        np.unique(patterns.astype(np.int64) * len(priority) + groups), len(priority)
-    )
+    pattern, group = np.divmod(np.unique(patterns.astype(np.int64) * len(priority) + groups), len(priority))
     pattern, group = (values[np.lexsort((priority[group], pattern))] for values in (pattern, group))
     count = np.bincount(pattern)
     place = np.arange(len(pattern)) - (np.cumsum(count) - count)[pattern]

@@ -113,9 +113,7 @@ def read_ids(column: pa.Array, first: int, rows: Rows) -> pa.Array:
     return column.cast(pa.large_string())
 
 
-def read_vectors(
-    column: pa.Array, ids: pa.Array, width: int | None, first: int, rows: Rows
-) -> np.ndarray:
+def read_vectors(column: pa.Array, ids: pa.Array, width: int | None, first: int, rows: Rows) -> np.ndarray:
     """Unit-norm rows f32[n, D] of a list column; `width` is D where earlier rows have set it."""
 
     def fail(bad: np.ndarray, problem: str, fix: str):
@@ -205,9 +203,7 @@ def read_groups(column: pa.ChunkedArray) -> np.ndarray:
     return groups
 
 
-def unmixed(
-    patterns: np.ndarray, names: list[str], assigned: np.ndarray, ids: pa.Array, rows: Rows
-) -> None:
+def unmixed(patterns: np.ndarray, names: list[str], assigned: np.ndarray, ids: pa.Array, rows: Rows) -> None:
     """Raises where a pattern is held out in part: its other rows would leak it into training."""
     held = assigned == SPLIT_NAMES.index("pattern_holdout")
     inside = patterns >= 0
@@ -225,9 +221,7 @@ def unmixed(
         )
 
 
-def drop_small(
-    patterns: np.ndarray, names: list[str], least: int
-) -> tuple[np.ndarray, list[str], int]:
+def drop_small(patterns: np.ndarray, names: list[str], least: int) -> tuple[np.ndarray, list[str], int]:
     """Takes patterns below `least` items out (-1), renumbers the others, counts those taken out."""
     size = np.bincount(patterns[patterns >= 0], minlength=len(names))
     keep = size >= least

@@ -119,9 +119,9 @@ class DiT(nn.Module):
         def dense(name: str, **kw: Any) -> nn.Dense:
             return nn.Dense(self.width, dtype=self.dtype, name=name, **kw)
 
-        domain = nn.Embed(
-            self.domains + 1, self.width, embedding_init=_normal, name="domain_embedding"
-        )(condition.domain)  # [B, W]
+        domain = nn.Embed(self.domains + 1, self.width, embedding_init=_normal, name="domain_embedding")(
+            condition.domain
+        )  # [B, W]
         kind = nn.Embed(4, self.width, embedding_init=_normal, name="type_embedding")(jnp.arange(4))
         positions = self.param("positions", _normal, (self.max_context, self.width))
         root = math.sqrt(width)  # unit-norm rows enter with coordinate variance 1
@@ -149,9 +149,9 @@ class DiT(nn.Module):
             tokens = block(tokens, c, mask, condition.memory)
 
         shift, scale = jnp.split(
-            nn.Dense(2 * self.width, kernel_init=nn.initializers.zeros, name="modulation")(
-                nn.silu(c)
-            )[:, None],
+            nn.Dense(2 * self.width, kernel_init=nn.initializers.zeros, name="modulation")(nn.silu(c))[
+                :, None
+            ],
             2,
             axis=-1,
         )
@@ -178,9 +178,7 @@ class DiT(nn.Module):
                 "pass fewer seeds or train with a larger max_context",
             )  # fmt: skip
         if self.cross and condition.memory is None:
-            raise InputError(
-                "memory", "missing for a cross-attention model", "pass the query embedding"
-            )
+            raise InputError("memory", "missing for a cross-attention model", "pass the query embedding")
 
 
 def make_dit(size: str, *, embedding: int, domains: int, max_context: int, **kw: Any) -> DiT:

@@ -113,7 +113,5 @@ class Retriever:
             elif method in ("heun", "euler", "exponential"):
                 z = getattr(sampler, method)(denoise, z, sigmas)
             else:
-                raise InputError(
-                    "method", f"unknown sampler {method!r}", "see sampler.py for the names"
-                )
+                raise InputError("method", f"unknown sampler {method!r}", "see sampler.py for the names")
         return space.decode(z, anchor)

@@ -225,9 +225,7 @@ def _as_params(config: BertConfig, tensors: dict[str, np.ndarray], path: Path) -
     """Checkpoint tensors -> Flax variables, each checked against the module's shape."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     mask = jax.ShapeDtypeStruct((1, 1), jnp.bool_)
-    shapes = jax.eval_shape(
-        lambda t, m: SentenceBert(config).init(jax.random.key(0), t, m), tokens, mask
-    )
+    shapes = jax.eval_shape(lambda t, m: SentenceBert(config).init(jax.random.key(0), t, m), tokens, mask)
     params = {}
     for key, leaf in traverse_util.flatten_dict(shapes).items():
         _, module, kind = key

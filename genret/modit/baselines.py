@@ -86,9 +86,7 @@ class Baselines:
         known = self.labels.seen[contexts.domain[:, None], top]
         found = self.embeddings[top]
         parts = [
-            np.einsum(
-                "qnd,qn->qd", found, (known == v) / np.maximum((known == v).sum(1), 1)[:, None]
-            )
+            np.einsum("qnd,qn->qd", found, (known == v) / np.maximum((known == v).sum(1), 1)[:, None])
             for v in (1, 0)
         ]
         return unit(c + beta * parts[0] - gamma * parts[1])[:, None]
@@ -140,8 +138,10 @@ class Baselines:
     def methods(self) -> Iterator[Method]:
         """All of them, in the order of the table."""
         steps = STRENGTHS[1:]
-        depths = tuple(d for d in (30, 50, 100, 200) if d >= self.searcher.k)
-        rocchio = [(d, b, g) for d in (20, 50) for b in (0.25, 0.5, 1.0) for g in (0.0, 0.25)]
+        k, most = self.searcher.k, self.searcher.catalogue.num_items // 4
+        depths = [min(d * k // 2, most) for d in (3, 5, 10, 20)]
+        feedback = [min(d * k // 2, most) for d in (2, 5)]
+        rocchio = [(d, b, g) for d in feedback for b in (0.25, 0.5, 1.0) for g in (0.0, 0.25)]
         alphas = tuple(self.ridge)
         yield Method("seed mean", lambda c, _: self.mean(c)[:, None], uses="nothing")
         yield Method("seed medoid", self.medoid, uses="nothing")
@@ -160,12 +160,8 @@ class Baselines:
 
     def references(self) -> Iterator[Method]:
         """Upper references; they read the evaluation pattern or the labels."""
-        yield Method(
-            "reference: predicted tail of the pattern", self.predicted_tail, uses="pattern"
-        )
-        yield Method(
-            "reference: true positives of the pattern", self.true_positives, uses="all labels"
-        )
+        yield Method("reference: predicted tail of the pattern", self.predicted_tail, uses="pattern")
+        yield Method("reference: true positives of the pattern", self.true_positives, uses="all labels")
 
 
 def _masked_mean(embeddings: np.ndarray, items: np.ndarray, block: int = 512) -> np.ndarray:

@@ -41,9 +41,7 @@ class Labels:
         return int((self.seen >= 0).sum())
 
 
-def buy_labels(
-    catalogue: Catalogue, train: np.ndarray, *, budget: float, k: int, seed: int
-) -> Labels:
+def buy_labels(catalogue: Catalogue, train: np.ndarray, *, budget: float, k: int, seed: int) -> Labels:
     """Probe a share `budget` of the training items against an index of training items only.
 
     train: bool[N]. No held-out row is retrieved or looked up. Raises InputError for a budget that is
@@ -143,7 +141,12 @@ def fit_predictor(
         loss=loss,
         batch=batches,
         rules=((r"", P()),),
-        card={"domains": list(catalogue.attribute_names), "width": catalogue.width},
+        card={
+            "domains": list(catalogue.attribute_names),
+            "embedding": catalogue.width,
+            "probes": len(labels.probes),
+            "lookups": labels.lookups,
+        },
     )
     params = fit(stage, workdir, options).ema
     return Predictor(model, params)
@@ -173,9 +176,7 @@ def linear_probes(catalogue: Catalogue, labels: Labels) -> tuple[np.ndarray, np.
     return normals, intercepts
 
 
-def knn_density(
-    catalogue: Catalogue, labels: Labels, embeddings: np.ndarray, k: int = 10
-) -> np.ndarray:
+def knn_density(catalogue: Catalogue, labels: Labels, embeddings: np.ndarray, k: int = 10) -> np.ndarray:
     """Predictor baseline: mean labelled density of the k nearest probes, f32[M, n]."""
     index = ExactIndex(catalogue.embeddings[labels.probes])
     ids, _ = index.search(np.asarray(embeddings), min(k, len(labels.probes)))

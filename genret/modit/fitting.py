@@ -84,9 +84,7 @@ def prepare(
         arrays["neighbours"],
         tr.fit_tails(found, known, labels.seen, share=tail_share, least=tail_least),
     )  # fmt: skip
-    return Fitted(
-        data, labels, arrays["predicted"], arrays["normals"], arrays["intercepts"], fitted.gradient
-    )
+    return Fitted(data, labels, arrays["predicted"], arrays["normals"], arrays["intercepts"], fitted.gradient)
 
 
 def _fit(catalogue, splits, labels, predictor, cells, neighbours, seed, index) -> dict:

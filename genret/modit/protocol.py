@@ -55,7 +55,7 @@ def draw_contexts(
     seed: int = 0,
 ) -> Contexts:
     """Contexts of `stage` (validation or test): up to `seeds` held-out items of one pattern that lack
-    the attribute.
+    the attribute; one context where there are no more than `seeds` of them to choose from.
 
     A (pattern, domain) pair is asked only if it has `least_seeds` such items and `least_positives`
     items with the attribute. Raises InputError when a domain of a split has no context.
@@ -72,11 +72,9 @@ def draw_contexts(
                 lacking = rows[(label == 0) & holdout.items[rows]]
                 if len(lacking) < least_seeds or (label == 1).sum() < least_positives:
                     continue
-                for _ in range(per_pattern):
+                for _ in range(per_pattern if len(lacking) > seeds else 1):
                     chosen = rng.choice(lacking, min(seeds, len(lacking)), replace=False)
-                    found.append(
-                        (np.pad(chosen, (0, seeds - len(chosen)), constant_values=-1), m, p, s)
-                    )
+                    found.append((np.pad(chosen, (0, seeds - len(chosen)), constant_values=-1), m, p, s))
             if len(found) == before:
                 raise InputError(
                     f"attribute/{name}",
@@ -139,9 +137,7 @@ def ranking(method: Method, searcher: Searcher, contexts: Contexts, setting: Any
     if np.issubdtype(out.dtype, np.integer):
         return out, None
     if not np.isfinite(out).all():
-        raise InputError(
-            method.name, "made a query that is not finite", "check what it was fitted on"
-        )
+        raise InputError(method.name, "made a query that is not finite", "check what it was fitted on")
     return searcher.rank(out, contexts), out
 
 
@@ -212,9 +208,7 @@ def evaluate(
             row |= {"setting": setting, "probes": method.probes}
             row["calls"] = method.calls(setting) if callable(method.calls) else method.calls
             row |= {"uses": method.uses, "index": searcher.index.name}
-            row["ann_recall"] = (
-                _recall(searcher, exact, queries[at]) if queries is not None else None
-            )
+            row["ann_recall"] = _recall(searcher, exact, queries[at]) if queries is not None else None
             hits = {
                 n: np.rint(getattr(scores, n)[at] * searcher.k).astype(int).tolist()
                 for n in ("joint", "attribute", "purity")

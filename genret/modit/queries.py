@@ -5,6 +5,7 @@ A sample imitates one item and is a noisier query than a centroid, so the kind o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from genret.diffusion.edm import Space
 from genret.diffusion.retriever import Retriever
+from genret.modit.baselines import seed_mean, unit
 from genret.modit.protocol import Cell, Contexts, Method
 from genret.modit.stages import condition
 from genret.modit.trajectories import sort_by_density
@@ -34,7 +36,7 @@ class MoDiT:
     block: int = 256
 
     def queries(
-        self, contexts: Contexts, guidance: float, *, method: str = "posterior_mean", rows: int = 1,
+        self, contexts: Contexts, guidance: float = 0.0, *, method: str = "posterior_mean", rows: int = 1,
         rollout: int = 0, seed: int = 0, null: bool = False,
     ) -> np.ndarray:  # fmt: skip
         """Unit-norm queries f32[Q, rows, D]; each of `rollout` rounds appends the query to the context
@@ -75,45 +77,43 @@ def model_methods(
     plain: MoDiT,
     *,
     samples: int,
-    guidance: tuple[float, ...],
+    reaches: Sequence[float],
+    guidance: Sequence[float],
     floor: dict[Cell, float],
     seed: int,
 ) -> list[Method]:
     """The lines of the table that the diffusion model is responsible for.
 
-    stages: pretrain, cpt, sft. Validation picks stage (cpt or sft) and guidance for "MO-DiT", by Joint
-    among the settings whose Purity stays above `floor`. plain: SFT
-    by denoising alone, the paper's recipe, whose one-call query is the posterior mean and whose samples
-    are those of its targets; the other kinds of query are shown on it, without guidance.
+    stages: pretrain, cpt, sft. Validation picks (stage, guidance w, reach r) for "MO-DiT", by Joint among
+    the settings whose Purity stays above `floor`: its query is c_S + r (q_w - c_S), as steering's is
+    c_S + s w_m. plain: SFT by denoising alone, the paper's recipe, whose one-call query is the posterior
+    mean; the other kinds of query are shown on it, without guidance.
     """
 
-    def chosen(contexts: Contexts, setting: Any) -> np.ndarray:
-        stage, w = setting
-        return stages[stage].queries(contexts, w)
+    def chosen(contexts: Contexts, setting: tuple[str, float, float]) -> np.ndarray:
+        stage, w, reach = setting
+        made = stages[stage].queries(contexts, w)
+        start = seed_mean(plain.embeddings, contexts)[:, None]
+        return unit(start + reach * (made - start))
 
     def at(model: MoDiT, **options: Any):
-        return lambda contexts, w: model.queries(contexts, w, seed=seed, **options)
+        return lambda contexts, _: model.queries(contexts, seed=seed, **options)
 
-    def mean(contexts: Contexts, w: float) -> np.ndarray:
-        q = plain.queries(contexts, w, method="heun", rows=samples, seed=seed).mean(
-            1, keepdims=True
-        )
-        return q / np.linalg.norm(q, axis=-1, keepdims=True)
+    def mean(contexts: Contexts, _: Any) -> np.ndarray:
+        return unit(sample(contexts, None).mean(1, keepdims=True))
 
-    def line(name: str, run: Any, calls: int, **more: Any) -> Method:
-        return Method(name, run, (0.0,), calls=calls, **more)
-
-    grid = [(s, w) for s in stages if s != "pretrain" for w in guidance]
-    sample = at(plain, method="heun", rows=samples)
+    trained = [s for s in stages if s != "pretrain"]
+    grid = [(s, 0.0, r) for s in trained for r in reaches] + [(s, w, 1.0) for s in trained for w in guidance]
+    sample, cost = at(plain, method="heun", rows=samples), samples * HEUN_CALLS
     return [
         Method("MO-DiT", chosen, grid, calls=lambda s: 2 if s[1] else 1, floor=floor),
-        line("plain pretrained DiT", at(stages["pretrain"], null=True), 1, uses="nothing"),
-        line("MO-DiT after CPT", at(stages["cpt"]), 1),
-        line("MO-DiT after SFT", at(stages["sft"]), 1),
-        line("SFT without retrieval term, posterior mean", at(plain), 1),
-        line("  the same, roll-out of 1", at(plain, rollout=1), 2),
-        line("  the same, roll-out of 2", at(plain, rollout=2), 3),
-        line("  the same, one sample", at(plain, method="heun"), HEUN_CALLS),
-        line(f"  the same, mean of {samples} samples", mean, samples * HEUN_CALLS),
-        line(f"  the same, {samples} samples merged", sample, samples * HEUN_CALLS, probes=samples),
+        Method("plain pretrained DiT", at(stages["pretrain"], null=True), calls=1, uses="nothing"),
+        Method("MO-DiT after CPT", at(stages["cpt"]), calls=1),
+        Method("MO-DiT after SFT", at(stages["sft"]), calls=1),
+        Method("plain SFT, posterior mean", at(plain), calls=1),
+        Method("plain SFT, roll-out of 1", at(plain, rollout=1), calls=2),
+        Method("plain SFT, roll-out of 2", at(plain, rollout=2), calls=3),
+        Method("plain SFT, one sample", at(plain, method="heun"), calls=HEUN_CALLS),
+        Method(f"plain SFT, mean of {samples} samples", mean, calls=cost),
+        Method(f"plain SFT, {samples} samples merged", sample, probes=samples, calls=cost),
     ]

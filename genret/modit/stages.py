@@ -117,9 +117,7 @@ def retrieval_batch(rng, data: TrainingSet, size: int, seeds: int, corpus: int) 
     examples, items = _tail_examples(rng, data, cell, domain, seeds)
     members = data.cells.members[cell]
     hits = np.where((members >= 0) & data.has[domain[:, None], members], members, -1)
-    return TailBatch(
-        examples, draw_candidates(rng, data.train, len(data.embeddings), hits, items, corpus)
-    )
+    return TailBatch(examples, draw_candidates(rng, data.train, len(data.embeddings), hits, items, corpus))
 
 
 def _cells_and_domains(rng, data: TrainingSet, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -200,10 +198,7 @@ def make_stage(
 
 def stack(*batches: Batch) -> Batch:
     """Batches of equal shapes, one after the other."""
-    parts = [
-        (b.condition.context, b.condition.mask, b.condition.domain, b.target, b.weight)
-        for b in batches
-    ]
+    parts = [(b.condition.context, b.condition.mask, b.condition.domain, b.target, b.weight) for b in batches]
     context, mask, domain, target, weight = (np.concatenate(p) for p in zip(*parts, strict=True))
     return Batch(Condition(context, mask, domain), target, weight)
 

@@ -94,9 +94,7 @@ def _choose(rng: np.random.Generator, logits: np.ndarray, count: int) -> np.ndar
     return np.take_along_axis(top, order, 1)
 
 
-def _draw(
-    rng: np.random.Generator, table: np.ndarray, logits: np.ndarray, count: int
-) -> np.ndarray:
+def _draw(rng: np.random.Generator, table: np.ndarray, logits: np.ndarray, count: int) -> np.ndarray:
     """Items i32[B, count] of `_choose` from table i32[B, L]; where a row has fewer, -1 at the end."""
     picked = _choose(rng, logits, min(count, table.shape[1]))
     items = np.take_along_axis(table, picked, 1)
@@ -243,9 +241,7 @@ def fit_tails(
         by_label = np.argsort(np.select([label == 0, label < 0], [0, 1], 2), axis=1, kind="stable")
         lacking, unknown = (label == 0).sum(1), (label < 0).sum(1)
         kept = np.maximum(lacking, np.minimum(lacking + unknown, least))
-        low[m] = np.where(
-            np.arange(longest) < kept[:, None], np.take_along_axis(ordered, by_label, 1), -1
-        )
+        low[m] = np.where(np.arange(longest) < kept[:, None], np.take_along_axis(ordered, by_label, 1), -1)
         from_top = sizes[:, None] - 1 - np.arange(tail.shape[2])
         top = np.take_along_axis(ordered, np.maximum(from_top, 0), 1)
         tail[m] = np.where(np.arange(tail.shape[2]) < tail_size[:, None], top, -1)

@@ -43,9 +43,7 @@ def within_pattern(
             scores.append((spearmanr(f, y)[0], kendalltau(f, y)[0], ndcg_score(y[None], f[None])))
     names = ("spearman", "kendall", "ndcg")
     values = np.mean(scores, axis=0) if scores else np.full(3, np.nan)
-    return {n: round(float(v), 4) for n, v in zip(names, values, strict=True)} | {
-        "patterns": len(scores)
-    }
+    return {n: round(float(v), 4) for n, v in zip(names, values, strict=True)} | {"patterns": len(scores)}
 
 
 def calibration_error(predicted: np.ndarray, truth: np.ndarray, bins: int = 10) -> float:
@@ -83,8 +81,6 @@ def predictor_report(
                 row = {"predictor": name, "domain": domain, "split": split, "items": len(items)}
                 row |= within_pattern(predicted[m], truth[m], pattern)
                 is_density = name != "linear probe"
-                row["calibration"] = (
-                    calibration_error(predicted[m], truth[m]) if is_density else None
-                )
+                row["calibration"] = calibration_error(predicted[m], truth[m]) if is_density else None
                 rows.append(row)
     return rows

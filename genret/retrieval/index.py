@@ -90,9 +90,7 @@ class ExactIndex:
             # Powers of two, so that only a handful of shapes ever compile.
             size = min(self.query_block, max(MIN_QUERIES, 1 << (len(block) - 1).bit_length()))
             padded = np.pad(block, ((0, size - len(block)), (0, 0)))
-            best = _search(
-                padded, self.rows, k=k, num_items=self.num_items, block=self.block, mesh=self.mesh
-            )
+            best = _search(padded, self.rows, k=k, num_items=self.num_items, block=self.block, mesh=self.mesh)
             # Fetched before the next dispatch: collectives in flight together deadlock on CPU.
             here = slice(start, start + len(block))
             ids[here], scores[here] = (np.asarray(x)[: len(block)] for x in best)
@@ -129,9 +127,7 @@ def _search(
         return ids, scores
 
     # The gathered candidates are the same on every device, which the checker cannot see.
-    search = jax.shard_map(
-        on_each_device, mesh=mesh, in_specs=(P(), P(axes)), out_specs=P(), check_vma=False
-    )
+    search = jax.shard_map(on_each_device, mesh=mesh, in_specs=(P(), P(axes)), out_specs=P(), check_vma=False)
     return search(queries, rows)
 
 

@@ -36,9 +36,7 @@ class Checkpoints:
             return
         self._manager.save(
             step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), card=ocp.args.JsonSave(self.card)
-            ),
+            args=ocp.args.Composite(state=ocp.args.StandardSave(state), card=ocp.args.JsonSave(self.card)),
         )
 
     def restore(self, step: int, abstract: PyTree) -> PyTree:
@@ -46,13 +44,11 @@ class Checkpoints:
 
         Raises InputError when the checkpoint is of another model.
         """
-        card = self._manager.restore(step, args=ocp.args.Composite(card=ocp.args.JsonRestore()))[
-            "card"
-        ]
+        card = self._manager.restore(step, args=ocp.args.Composite(card=ocp.args.JsonRestore()))["card"]
         _same_card(card, self.card, self.folder / str(step))
-        return self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        )["state"]
+        return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))[
+            "state"
+        ]
 
     def close(self) -> None:
         """Wait for the writer."""
@@ -60,9 +56,7 @@ class Checkpoints:
         self._manager.close()
 
 
-def restore_params(
-    folder: Path | str, abstract: PyTree, *, card: dict, step: int | None = None
-) -> PyTree:
+def restore_params(folder: Path | str, abstract: PyTree, *, card: dict, step: int | None = None) -> PyTree:
     """The EMA parameters of a run, for evaluation or as the start of the next stage.
 
     abstract: ShapeDtypeStructs of the parameters, with shardings where a mesh is wanted. Raises
@@ -70,16 +64,12 @@ def restore_params(
     """
     folder = Path(folder).resolve()
     if not folder.is_dir():
-        raise InputError(
-            "checkpoint", f"{folder} does not exist", "train the stage before it first"
-        )
+        raise InputError("checkpoint", f"{folder} does not exist", "train the stage before it first")
     manager = ocp.CheckpointManager(folder)
     try:
         step = manager.latest_step() if step is None else step
         if step is None or step not in manager.all_steps():
-            raise InputError(
-                "checkpoint", f"no step {step} in {folder}", "train the stage before it first"
-            )
+            raise InputError("checkpoint", f"no step {step} in {folder}", "train the stage before it first")
         found = manager.restore(step, args=ocp.args.Composite(card=ocp.args.JsonRestore()))["card"]
         _same_card(found, card, folder / str(step))
         restored = manager.restore(
@@ -108,6 +98,4 @@ def _same_card(found: dict, wanted: dict, where: Path) -> None:
 
 def abstract_like(tree: PyTree, shardings: PyTree) -> PyTree:
     """ShapeDtypeStructs of `tree` that carry `shardings`."""
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
-    )
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)

@@ -38,11 +38,12 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """A bar on a terminal, plain lines otherwise."""
+    """A bar on a terminal, plain lines otherwise: one in `apart` seconds at most, and the last."""
 
-    def __init__(self, name: str, total: int, start: int = 0):
-        self.name, self.total, self.start = name, total, start
+    def __init__(self, name: str, total: int, start: int = 0, *, apart: float = 0.0):
+        self.name, self.total, self.start, self.apart = name, total, start, apart
         self.began, self.bar = time.monotonic(), sys.stderr.isatty()
+        self.said = -apart
 
     def __call__(self, done: int, text: str = "") -> None:
         """Say that `done` of `total` are finished."""
@@ -50,7 +51,9 @@ class Progress:
         eta = spent / max(done - self.start, 1) * (self.total - done)
         line = f"{self.name} {done}/{self.total} {text} eta {duration(eta)}"
         if not self.bar:
-            print(line, flush=True)
+            if spent - self.said >= self.apart or done >= self.total:
+                self.said = spent
+                print(line, flush=True)
             return
         filled = round(24 * done / max(self.total, 1))
         end = "\n" if done >= self.total else ""
@@ -78,9 +81,7 @@ class MetricLog:
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(kept))
             os.replace(temporary, self.path)
-        self.writer = SummaryWriter(
-            str(folder / "tensorboard"), purge_step=start + 1, flush_secs=10
-        )
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1, flush_secs=10)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """One row; values are plain floats."""

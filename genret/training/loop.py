@@ -77,17 +77,13 @@ def accumulate(stage: Stage, params: PyTree, frozen: PyTree, batch: PyTree, draw
         total, sums = gradient(params, batch, draw)
     else:
         # Strided, so that every microbatch keeps rows on every batch shard.
-        split = jax.tree.map(
-            lambda x: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1), (batch, draw)
-        )
+        split = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1), (batch, draw))
 
         def body(carry, part):
             return jax.tree.map(jnp.add, carry, gradient(params, *part)), None
 
         first = jax.tree.map(lambda x: x[0], split)
-        zero = jax.tree.map(
-            lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradient, params, *first)
-        )
+        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradient, params, *first))
         (total, sums), _ = jax.lax.scan(body, zero, split)
     weight = jnp.maximum(sums.pop("weight"), 1e-12)
     return jax.tree.map(lambda g: g / weight, total), {k: v / weight for k, v in sums.items()}
@@ -177,6 +173,9 @@ def fit(
     flops = flops_per_step(stage, options, state.params, frozen, batch)
     peak = peak_flops()
 
+    # Simulated CPU devices share one thread pool: programs that run ahead starve each other's collectives.
+    in_step = jax.default_backend() == "cpu" and mesh.size > 1
+
     # 3. The loop. Order is fixed: batch of this step, step, log, save. Losses stay on the device
     # between log lines, so the host runs ahead and prepares the next batch meanwhile.
     log, progress = MetricLog(workdir, start), Progress(stage.name, options.steps, start)
@@ -186,7 +185,7 @@ def fit(
         if step > start:
             batch = stage.batch(step, state.params)
         state, metrics = step_fn(state, frozen, meshes.place(batch, on_batch))
-        pending.append((step + 1, metrics))
+        pending.append((step + 1, jax.block_until_ready(metrics) if in_step else metrics))
         last = step + 1 == options.steps
         saving = last or (step + 1) % options.save_every == 0
         if saving or (step + 1) % options.log_every == 0:
@@ -195,9 +194,7 @@ def fit(
             seconds = (time.monotonic() - clock) / (step + 1 - since)
             row = {k: float(np.mean([m[k] for _, m in fetched])) for k in fetched[0][1]}
             row |= {"steps_per_s": 1 / seconds, "examples_per_s": rows / seconds}
-            row |= {"flop_per_s": flops / seconds} | (
-                {"mfu": flops / seconds / peak} if peak else {}
-            )
+            row |= {"flop_per_s": flops / seconds} | ({"mfu": flops / seconds / peak} if peak else {})
             log.write(step + 1, row)
             mfu = f" mfu {row['mfu']:.1%}" if peak else ""
             text = f"loss {row['loss']:.4f} {1 / seconds:.2f} steps/s {rows / seconds:.0f} ex/s"
@@ -210,9 +207,7 @@ def fit(
     return state
 
 
-def flops_per_step(
-    stage: Stage, options: FitOptions, params: PyTree, frozen: PyTree, batch: PyTree
-) -> float:
+def flops_per_step(stage: Stage, options: FitOptions, params: PyTree, frozen: PyTree, batch: PyTree) -> float:
     """FLOPs of the forward and backward pass over one whole batch, as XLA counts them before fusion.
 
     Optimiser arithmetic is left out (a few FLOPs per parameter). Nothing is compiled.

@@ -39,9 +39,7 @@ def path_name(path: tuple) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
-def shardings(
-    tree: PyTree, mesh: Mesh, rules: Sequence[tuple[str, P]], *, strict: bool = True
-) -> PyTree:
+def shardings(tree: PyTree, mesh: Mesh, rules: Sequence[tuple[str, P]], *, strict: bool = True) -> PyTree:
     """NamedShardings for a pytree of arrays or ShapeDtypeStructs: the first matching rule decides.
 
     Scalars are replicated; an axis that does not divide its dimension is dropped from the spec. A leaf
@@ -56,9 +54,7 @@ def shardings(
             if re.search(pattern, name):
                 return NamedSharding(mesh, _fit(spec, leaf.shape, mesh))
         if strict:
-            raise InputError(
-                "rules", f"no sharding rule matches {name}", "add one beside the model"
-            )
+            raise InputError("rules", f"no sharding rule matches {name}", "add one beside the model")
         return NamedSharding(mesh, P())
 
     return jax.tree_util.tree_map_with_path(one, tree)

@@ -68,9 +68,7 @@ def test_objective_rises_until_nothing_moves():
 def test_objective_close_to_scikit_learn():
     """On unit rows Euclidean k-means has nearly the same optimum: |x - y|² = 2 - 2 cos(x, y)."""
     rows, _ = mixture(n=2000, width=16, centres=20, noise=1.2)
-    ours = max(
-        objective(rows, *spherical_kmeans(rows, 20, seed=s, iterations=50)) for s in range(6)
-    )
+    ours = max(objective(rows, *spherical_kmeans(rows, 20, seed=s, iterations=50)) for s in range(6))
     theirs = KMeans(20, n_init=6, random_state=0).fit(rows)
     peer = objective(rows, unit(theirs.cluster_centers_), theirs.labels_)
     assert ours > 0.985 * peer

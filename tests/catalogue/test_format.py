@@ -129,9 +129,7 @@ def test_int_and_categorical_columns(path):
     data["group"][0] = None
     catalogue = load(save(path, data))
     np.testing.assert_array_equal(catalogue.patterns, np.arange(N) % 6)
-    assert (
-        catalogue.groups[1] == catalogue.groups[61] and catalogue.groups[0] != catalogue.groups[60]
-    )
+    assert catalogue.groups[1] == catalogue.groups[61] and catalogue.groups[0] != catalogue.groups[60]
     table = pa.table({name: pa.array(column) for name, column in columns().items()})
     coded = table.column("pattern").dictionary_encode()
     pq.write_table(table.set_column(2, "pattern", coded), path)

@@ -95,9 +95,7 @@ def test_labels_at_the_thresholds():
 def test_map_chunks_keeps_the_order(workers):
     seen = []
     smiles = ["C" * (i + 1) for i in range(25)] + ["c1ccccc1"]
-    parts = map_chunks(
-        scaffolds, smiles, workers=workers, chunk=10, progress=lambda *a: seen.append(a)
-    )
+    parts = map_chunks(scaffolds, smiles, workers=workers, chunk=10, progress=lambda *a: seen.append(a))
     assert [len(part) for part in parts] == [10, 10, 6] and parts[-1][-1] == "c1ccccc1"
     assert seen == [(10, 26), (20, 26), (26, 26)]
 
@@ -154,9 +152,7 @@ def test_sizes_and_attribute_shares(cells):
     assert catalogue.num_items == 2000 and catalogue.width == 128
     assert catalogue.num_patterns == 31 and catalogue.small_patterns == 0  # 2000 // 64
     assert catalogue.attribute_names == ("logp_low", "tpsa_high", "fsp3_high", "qed_high")
-    np.testing.assert_allclose(
-        catalogue.labels.mean(axis=1), [0.251, 0.252, 0.291, 0.380], atol=0.043
-    )
+    np.testing.assert_allclose(catalogue.labels.mean(axis=1), [0.251, 0.252, 0.291, 0.380], atol=0.043)
     rows = columns(cells)["embedding"]
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
 
@@ -215,8 +211,7 @@ def test_determinism(tmp_path, published, monkeypatch):
     """By seed, whatever the number of processes."""
     monkeypatch.setattr(moses, "read_smiles", lambda: published)
     one, two = (
-        columns(moses.build(tmp_path / f"{n}.parquet", items=1000, seed=3, workers=n))
-        for n in (1, 2)
+        columns(moses.build(tmp_path / f"{n}.parquet", items=1000, seed=3, workers=n)) for n in (1, 2)
     )
     for name, values in one.items():
         np.testing.assert_array_equal(values, two[name], err_msg=name)

@@ -100,9 +100,7 @@ def test_the_draws_are_independent():
     more_patterns = make_splits(data, pattern_fraction=0.4)
     for stage in ("validation", "test"):
         key = ("pattern_holdout", stage)
-        np.testing.assert_array_equal(
-            base.holdout(*key).patterns, more_items.holdout(*key).patterns
-        )
+        np.testing.assert_array_equal(base.holdout(*key).patterns, more_items.holdout(*key).patterns)
     assert not (more_items.train & ~base.train).any()
     assert not (more_patterns.train & ~base.train).any()
     assert not (base.train & ~more_patterns.train)[
@@ -238,9 +236,7 @@ def drawn(draw):
 def test_any_catalogue(data, seed, fraction):
     splits = make_splits(data, seed=seed, pattern_fraction=0.15, item_fraction=fraction)
     parts = check(data, splits)
-    held = np.unique(
-        np.concatenate([parts["pattern_holdout", s].patterns for s in ("validation", "test")])
-    )
+    held = np.unique(np.concatenate([parts["pattern_holdout", s].patterns for s in ("validation", "test")]))
     marked = np.unique(data.patterns[(data.assigned == 2) & (data.patterns >= 0)])
     if len(marked):
         assert np.isin(held, marked).all()

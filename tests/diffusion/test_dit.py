@@ -86,12 +86,8 @@ def test_mean_map_is_the_exact_network_of_shifted_gaussian_data(case):
 
 def test_examples_do_not_see_each_other(case):
     model, _, params, (z, noise, condition, anchor) = case
-    alone = model.apply(
-        params, z[1:2], noise[1:2], jax.tree.map(lambda x: x[1:2], condition), anchor[1:2]
-    )
-    np.testing.assert_allclose(
-        alone[0], model.apply(params, z, noise, condition, anchor)[1], atol=2e-5
-    )
+    alone = model.apply(params, z[1:2], noise[1:2], jax.tree.map(lambda x: x[1:2], condition), anchor[1:2])
+    np.testing.assert_allclose(alone[0], model.apply(params, z, noise, condition, anchor)[1], atol=2e-5)
 
 
 def test_bfloat16_matmuls_stay_near_float32(case):

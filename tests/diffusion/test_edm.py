@@ -14,9 +14,7 @@ from genret.types import Condition, InputError
 
 def gaussian_denoiser(mean, variance):
     """E[z₀ | z] for z₀ ~ N(mean, variance I)."""
-    return lambda z, s: (
-        (variance * z + s[:, None, None] ** 2 * mean) / (variance + s[:, None, None] ** 2)
-    )
+    return lambda z, s: (variance * z + s[:, None, None] ** 2 * mean) / (variance + s[:, None, None] ** 2)
 
 
 def two_point_denoiser(points):
@@ -87,15 +85,9 @@ def test_the_exact_mixture_denoiser_minimises_the_error():
     exact = two_point_denoiser(points)
     best = edm.denoising_error(exact, z0, level, noise).mean()
     for change in (0.05, -0.05):
+        assert edm.denoising_error(lambda z, s, c=change: exact(z, s) + c, z0, level, noise).mean() > best
         assert (
-            edm.denoising_error(lambda z, s, c=change: exact(z, s) + c, z0, level, noise).mean()
-            > best
-        )
-        assert (
-            edm.denoising_error(
-                lambda z, s, c=change: exact(z, s) * (1 + c), z0, level, noise
-            ).mean()
-            > best
+            edm.denoising_error(lambda z, s, c=change: exact(z, s) * (1 + c), z0, level, noise).mean() > best
         )
 
 
@@ -118,9 +110,7 @@ def test_log_normal_levels_match_scipy():
 def test_stratified_uniforms_put_one_level_in_each_quantile(offset, kind):
     u = (np.arange(32) / 32 + offset) % 1.0
     edges = edm.noise_level(jnp.linspace(0, 1, 33)[1:-1], kind)
-    where = np.searchsorted(
-        np.asarray(edges), np.asarray(edm.noise_level(jnp.asarray(u, jnp.float32), kind))
-    )
+    where = np.searchsorted(np.asarray(edges), np.asarray(edm.noise_level(jnp.asarray(u, jnp.float32), kind)))
     # Rounding may move a level that sits on an edge into the next stratum, never further.
     assert np.abs(np.sort(where) - np.arange(32)).max() <= 1
 
@@ -129,9 +119,7 @@ def random_condition(rng, batch=6, seeds=3, width=8, domains=2):
     x = rng.normal(size=(batch, seeds, width)).astype(np.float32)
     x /= np.linalg.norm(x, axis=-1, keepdims=True)
     mask = np.arange(seeds) < rng.integers(1, seeds + 1, batch)[:, None]
-    return Condition(
-        x * mask[..., None], mask, rng.integers(0, domains + 1, batch).astype(np.int32)
-    )
+    return Condition(x * mask[..., None], mask, rng.integers(0, domains + 1, batch).astype(np.int32))
 
 
 def test_anchor_is_the_normalised_mean_plus_the_domain_direction():
@@ -142,9 +130,7 @@ def test_anchor_is_the_normalised_mean_plus_the_domain_direction():
     for i in range(6):
         mean = condition.context[i][condition.mask[i]].mean(0)
         expected = mean / np.linalg.norm(mean) + directions[condition.domain[i]]
-        np.testing.assert_allclose(
-            anchor[i], expected / np.linalg.norm(expected), rtol=2e-5, atol=1e-6
-        )
+        np.testing.assert_allclose(anchor[i], expected / np.linalg.norm(expected), rtol=2e-5, atol=1e-6)
     plain = edm.plain_space(8, 2)
     assert not plain.anchor(condition).any()
     np.testing.assert_allclose(plain.scale, 8**-0.5)
@@ -154,9 +140,7 @@ def test_anchor_is_the_normalised_mean_plus_the_domain_direction():
 def test_fitted_space_has_unit_variance_and_decodes_what_it_encoded(per_coordinate):
     rng = np.random.default_rng(1)
     condition = random_condition(rng, batch=512)
-    target = edm.unit(
-        jnp.asarray(rng.normal(size=(512, 1, 8)) * np.linspace(0.5, 2, 8), jnp.float32)
-    )
+    target = edm.unit(jnp.asarray(rng.normal(size=(512, 1, 8)) * np.linspace(0.5, 2, 8), jnp.float32))
     space = edm.fit_space(condition, target, np.zeros((3, 8)), per_coordinate=per_coordinate)
     anchor = space.anchor(condition)
     z = space.encode(target, anchor)

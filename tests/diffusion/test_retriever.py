@@ -34,9 +34,7 @@ def test_untrained_centred_model_answers_with_its_anchor(retriever):
     keys = jax.random.split(jax.random.key(1), 5)
     query = retriever.generate(params, space, condition, keys)
     mean = condition.context.mean(1)
-    np.testing.assert_allclose(
-        query[:, 0], mean / np.linalg.norm(mean, axis=-1, keepdims=True), atol=1e-5
-    )
+    np.testing.assert_allclose(query[:, 0], mean / np.linalg.norm(mean, axis=-1, keepdims=True), atol=1e-5)
     guided = retriever.generate(params, space, condition, keys, 2.0)
     np.testing.assert_allclose(guided, query, atol=1e-5)  # both branches agree before training
     with pytest.raises(InputError, match="sampler"):
@@ -87,9 +85,7 @@ def test_training_finds_the_conditional_mean(retriever, tmp_path):
     test = batch(10_000, None)
     keys = jax.random.split(jax.random.key(1), 64)
     cosine = lambda q: float((q[:, 0] * test.target[:, 0]).sum(-1).mean())  # noqa: E731
-    before = cosine(
-        retriever.generate(retriever.init(jax.random.key(0)), space, test.condition, keys)
-    )
+    before = cosine(retriever.generate(retriever.init(jax.random.key(0)), space, test.condition, keys))
     after = retriever.generate(params, space, test.condition, keys)
     assert before < 0.85 and cosine(after) > 0.97
     along = lambda q: (np.asarray(q[:, 0]) * ways[test.condition.domain]).sum(-1).mean()  # noqa: E731

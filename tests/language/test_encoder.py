@@ -116,9 +116,7 @@ def test_agrees_with_independent_embeddings(minilm, name, tokens):
                     text = f"{row['title']}. {row['description']}"
                     rows.setdefault((row["title"], row["release_year"]), text)
         texts = list(rows.values())
-    theirs = np.load(
-        DATA / "embeddings" / f"{name}_minilm_f16.npy", mmap_mode="r", allow_pickle=False
-    )
+    theirs = np.load(DATA / "embeddings" / f"{name}_minilm_f16.npy", mmap_mode="r", allow_pickle=False)
     assert theirs.shape == (len(texts), 384)
     some = np.random.default_rng(0).choice(len(texts), 60, replace=False)
     ours = minilm.encode([texts[i] for i in some], max_tokens=tokens)
@@ -206,8 +204,7 @@ def reference(weights: dict[str, np.ndarray], tokens: list[int]) -> np.ndarray:
     for i in range(CONFIG["num_hidden_layers"]):
         layer = f"encoder.layer.{i}"
         q, k, v = (
-            [dense(x, f"{layer}.attention.self.{part}") for x in xs]
-            for part in ("query", "key", "value")
+            [dense(x, f"{layer}.attention.self.{part}") for x in xs] for part in ("query", "key", "value")
         )
         attended = []
         for a in range(len(xs)):
@@ -325,9 +322,7 @@ def test_broken_config_and_tokenizer(folder):
 
 def test_cls_pooling_is_refused(folder):
     (folder / "1_Pooling").mkdir()
-    (folder / "1_Pooling" / "config.json").write_text(
-        json.dumps({"pooling_mode_mean_tokens": False})
-    )
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": False}))
     expect_error(folder, "pooling_mode_mean_tokens")
 
 

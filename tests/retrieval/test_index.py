@@ -91,8 +91,7 @@ def test_ids_depend_on_neither_mesh_nor_batch():
     embeddings[1500:] = embeddings[:1500]
     queries = query_mix(rng, embeddings, 20)
     one, line, cube = (
-        ExactIndex(embeddings, mesh=make_mesh(shape)).search(queries, 30)
-        for shape in MESHES.values()
+        ExactIndex(embeddings, mesh=make_mesh(shape)).search(queries, 30) for shape in MESHES.values()
     )
     alone = [ExactIndex(embeddings).search(query[None], 30) for query in queries[:3]]
     for ids, scores in (line, cube):
@@ -145,9 +144,7 @@ def test_no_queries_is_no_answer():
     assert ids.dtype == np.int32 and scores.dtype == np.float32
 
 
-@pytest.mark.parametrize(
-    "bad", [np.ones(4), np.ones((4, 2), int), np.ones((0, 4)), np.ones((4, 0))]
-)
+@pytest.mark.parametrize("bad", [np.ones(4), np.ones((4, 2), int), np.ones((0, 4)), np.ones((4, 0))])
 def test_embeddings_that_are_no_float_matrix(bad):
     with pytest.raises(InputError, match="embeddings: .* is not float"):
         ExactIndex(bad)

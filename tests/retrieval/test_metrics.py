@@ -96,9 +96,7 @@ def test_identities(seed, k, num_seeds):
     domain, pattern = rng.integers(2, size=q), rng.integers(3, size=q)
     seeds = np.stack([rng.permutation(np.arange(6, n))[:num_seeds] for _ in range(q)])
     seeds[rng.random(seeds.shape) < 0.3] = -1
-    known = [
-        np.setdiff1d(np.flatnonzero(labels[m] >= 0), s) for m, s in zip(domain, seeds, strict=True)
-    ]
+    known = [np.setdiff1d(np.flatnonzero(labels[m] >= 0), s) for m, s in zip(domain, seeds, strict=True)]
     k = min(k, *map(len, known))
     ids = np.stack([rng.permutation(row)[:k] for row in known])
     context = {"domain": domain, "pattern": pattern, "seeds": seeds}

@@ -18,6 +18,15 @@ def test_plain_lines_say_step_rate_and_eta(capsys, monkeypatch):
     assert capsys.readouterr().out == "sft 25/100 loss 0.5 eta 0:30\n"
 
 
+def test_plain_lines_keep_their_distance(capsys, monkeypatch):
+    clock = iter([0.0, 1.0, 2.0, 7.0, 8.0])
+    monkeypatch.setattr(log.time, "monotonic", lambda: next(clock))
+    progress = log.Progress("moses", 4, apart=5.0)
+    for done in (1, 2, 3, 4):
+        progress(done)
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["1/4", "3/4", "4/4"]
+
+
 def test_a_terminal_gets_a_bar(capsys, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     progress = log.Progress("sft", 4)

@@ -34,9 +34,7 @@ def make_batch(step, _=None, size=B):
     rng = np.random.default_rng([7, step])
     x = rng.normal(size=(size, S + 1, D)).astype(np.float32)
     x /= np.linalg.norm(x, axis=-1, keepdims=True)
-    condition = Condition(
-        x[:, :S], np.ones((size, S), bool), rng.integers(0, M, size).astype(np.int32)
-    )
+    condition = Condition(x[:, :S], np.ones((size, S), bool), rng.integers(0, M, size).astype(np.int32))
     return Batch(condition, x[:, S:], np.ones(size, np.float32))
 
 
@@ -134,9 +132,7 @@ def test_resuming_is_bitwise_on_the_same_mesh(stage, tmp_path, shape):
         )  # fmt: skip
     resumed = fit(stage, tmp_path / "cut", FitOptions(steps=6, **OPTIONS), mesh=mesh)
     assert difference(whole, resumed) == 0.0
-    steps = [
-        json.loads(r)["step"] for r in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()
-    ]
+    steps = [json.loads(r)["step"] for r in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps))  # the repeated steps are logged once
 
 
@@ -256,7 +252,5 @@ def test_flops_are_those_of_the_matmuls(tmp_path):
         batch=lambda step, _: {"x": np.ones((rows, inner), np.float32)},
         rules=(("", P()),),
     )
-    counted = flops_per_step(
-        linear, FitOptions(steps=1), linear.init(None), None, linear.batch(0, None)
-    )
+    counted = flops_per_step(linear, FitOptions(steps=1), linear.init(None), None, linear.batch(0, None))
     assert 1.0 < counted / (4 * rows * inner * outer) < 1.05
