@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,6 @@ from genret.training.checkpoint import restore_params
 from genret.training.loop import FitOptions, fit
 from genret.training.mesh import make_mesh
 from genret.training.stage import Stage
-from genret.types import InputError
 
 STAGES = ("pretrain", "cpt", "sft")
 # Other endings of the same run, from the same CPT checkpoint with the same batches and steps.
@@ -77,7 +75,7 @@ class Run:
             predictor=options(c.labels.predictor, self.seed),
             cells={n: c.latent[n] for n in ("sizes", "seeds", "smallest")},
             neighbours=c.latent.neighbours, tail_share=c.latent.tail_share,
-            tail_least=c.latent.tail_least, seed=self.seed, index=c.evaluation.index,
+            tail_least=c.latent.tail_least, seed=self.seed, index=c.evaluation.index, mesh=self.mesh,
         )  # fmt: skip
 
     @functools.cached_property
@@ -97,23 +95,10 @@ class Run:
 
     @functools.cached_property
     def directions(self) -> np.ndarray:
-        """What the anchor adds to the seed mean, f32[M+1, D]: nothing, or the steering that validation
-        picks above the Purity floor (the mean over the two splits)."""
-        out = np.zeros((self.catalogue.num_domains + 1, self.catalogue.width), np.float32)
-        if self.config.model.anchor == "steering":
-            steering = protocol.Method(
-                "anchor", self.baselines.steering, baselines.STRENGTHS, floor=self.purity_floor
-            )
-            chosen = protocol.choose(steering, self.searcher, self.contexts("validation"))
-            for m, normal in enumerate(self.fitted.normals):
-                out[m] = normal * np.mean([s for (_, domain), s in chosen.items() if domain == m])
-        elif self.config.model.anchor not in ("seeds", "none"):
-            raise InputError(
-                "model.anchor",
-                f"unknown {self.config.model.anchor!r}",
-                "use seeds, steering or none",
-            )
-        return out
+        """What the anchor adds to the seed mean, f32[M+1, D]: the linear-probe normals at a fixed strength,
+        nothing for the null domain."""
+        null = np.zeros((1, self.catalogue.width), np.float32)
+        return np.concatenate([self.config.model.anchor_steering * self.fitted.normals, null])
 
     @functools.cached_property
     def retriever(self) -> Retriever:
@@ -127,7 +112,7 @@ class Run:
     def space(self, name: str) -> edm.Space:
         """The coordinates of stage `name`, measured on 2,048 of its own targets."""
         c = self.config.model
-        if c.anchor == "none":
+        if not c.centred:
             return edm.plain_space(self.catalogue.width, self.catalogue.num_domains)
         rng = np.random.default_rng([self.seed, 41])
         # Pretraining knows no attribute, so its anchor is the seed mean alone.
@@ -150,13 +135,19 @@ class Run:
         c, name = self.config, folder.partition("_")[0]
         term = stages.RetrievalTerm(**c.retrieval) if folder == "sft" and c.retrieval.weight else None
         return stages.make_stage(
-            name, self.retriever, self.space(name), self.fitted.data, batch=c.batch,
+            folder, self.retriever, self.space(name), self.fitted.data, batch=c.batch,
             length=self.length(name), replay=c.replay if name == "cpt" else 0.0, seed=self.seed,
             retrieval=term, regression=folder == REGRESSION,
         )  # fmt: skip
 
+    @property
+    def _trained(self) -> Path:
+        return self.folder / "trained"
+
     def train(self) -> None:
         """Fit every stage that is not finished, each from the one before; then the trained rivals."""
+        if self._trained.exists():
+            return
         before = None
         for name in STAGES:
             endings = [name, PLAIN, REGRESSION] if name == "sft" else [name]
@@ -171,15 +162,18 @@ class Run:
         for source in ("labels", "pseudo"):
             for steps in self.config.contrastive.steps:
                 self.contrastive(source, steps)
+        self._trained.touch()  # a finished run is not even opened again
 
-    def model(self, folder: str, step: int | None = None) -> MoDiT:
-        """The trained model in `folder`, at its latest or a given step."""
+    def model(self, folder: str) -> MoDiT:
+        """The trained model in `folder`; raises InputError for one that has not been trained to the end."""
         shapes = jax.eval_shape(self.retriever.init, jax.random.key(0))
-        space = self.space(folder.partition("_")[0])
+        name = folder.partition("_")[0]
+        space = self.space(name)
         params = restore_params(
             self.folder / folder / "checkpoints", shapes,
-            card=stages.model_card(self.retriever.model, space), step=step,
+            card=stages.model_card(self.retriever.model, space), step=self.config.stages[name].steps,
         )  # fmt: skip
+        params = jax.device_put(params)
         return MoDiT(self.retriever, params, space, self.catalogue.embeddings, self.fitted.predicted)
 
     def contrastive(self, source: str, steps: int) -> Callable:
@@ -194,25 +188,31 @@ class Run:
         return contrastive.fit_contrastive(
             f.data, positive, self.folder / f"contrastive_{source}_{steps}",
             options(c.fit, self.seed, steps=steps), seeds=self.config.evaluation.seeds,
-            batch=self.config.batch,
+            batch=self.config.batch, corpus=self.config.retrieval.corpus,
+            temperature=self.config.retrieval.temperature, mesh=self.mesh,
         )  # fmt: skip
 
     def methods(self) -> list[protocol.Method]:
         """Every line of the table, baselines first."""
         e, c = self.config.evaluation, self.config.contrastive
-        base = self.baselines
+        base, x = self.baselines, self.catalogue.embeddings
         out = list(base.methods())
         for source, name in (("labels", "labels"), ("pseudo", "pseudo-labels")):
             encoders = {s: self.contrastive(source, s) for s in c.steps}
-            out.append(
-                protocol.Method(
-                    f"contrastive encoder, {name}",
-                    lambda ctx, s, en=encoders: en[s](base.mean(ctx), ctx.domain)[:, None],
-                    c.steps, calls=1,
-                )
-            )  # fmt: skip
+
+            def encoded(contexts, setting, encoders=encoders):
+                steps, r = setting
+                made = encoders[steps](base.mean(contexts), contexts.domain)
+                return baselines.reach(x, contexts, made[:, None], r)
+
+            grid = [(s, r) for s in c.steps for r in e.reaches]
+            out.append(protocol.Method(f"contrastive encoder, {name}", encoded, grid, calls=1))
         regressor = self.model(REGRESSION)
-        out.append(protocol.Method("MSE regressor (same DiT)", lambda c, _: regressor.queries(c), calls=1))
+
+        def regressed(contexts, r):
+            return baselines.reach(x, contexts, regressor.queries(contexts), r)
+
+        out.append(protocol.Method("MSE regressor (same DiT)", regressed, tuple(e.reaches), calls=1))
         out += model_methods(
             {name: self.model(name) for name in STAGES}, self.model(PLAIN), samples=e.samples,
             reaches=e.reaches, guidance=e.guidance, floor=self.purity_floor, seed=self.seed,
@@ -227,18 +227,3 @@ def open_run(config: ConfigDict, workdir: Path, seed: int, catalogue: Catalogue)
         catalogue, seed=c.seed, pattern_fraction=c.pattern_fraction, item_fraction=c.item_fraction
     )
     return Run(config, catalogue, splits, workdir / f"seed_{seed}", seed)
-
-
-def same_config(config: ConfigDict, workdir: Path) -> None:
-    """Write the config beside the run, or refuse to continue a run of another config."""
-    path, text = workdir / "config.json", config.to_json_best_effort(indent=1, sort_keys=True)
-    workdir.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        old, new = json.loads(path.read_text()), json.loads(text)
-        # More seeds may join a finished run; everything else is another experiment.
-        old.pop("seeds"), new.pop("seeds")
-        if old != new:
-            raise InputError(
-                "--workdir", f"{workdir} holds a run of another config", "choose another --workdir"
-            )
-    path.write_text(text)

@@ -17,8 +17,8 @@ import numpy as np
 
 from experiments import report_page
 from experiments.command import launch
-from experiments.evaluate import read_rows
 from experiments.report_page import short
+from experiments.workdir import read_rows
 from genret.modit.protocol import SPLITS
 from genret.retrieval.significance import paired_bootstrap
 from genret.types import InputError
@@ -272,7 +272,7 @@ def intervals(r: Results) -> list[Interval]:
 def protocol_line(r: Results) -> str:
     """What the figures were measured on."""
     patterns = len(set(np.concatenate(list(r.pattern.values())).tolist()))
-    lookups = [f"{x:,}" for x in sorted({q["lookups"] for q in r.rows})]
+    lookups = [f"{x:,}" for x in sorted({q["lookups"] for q in r.rows if q["uses"] == "labels"})]
     return (
         f"{r.rows[0]['catalogue']}: {r.rows[0]['n_items']:,} items, K = {r.k}, "
         f"{sum(map(len, r.pattern.values())):,} contexts of {patterns:,} patterns, "

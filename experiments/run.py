@@ -10,13 +10,14 @@ from ml_collections import ConfigDict
 
 from experiments.catalogues import open_catalogue
 from experiments.command import launch
-from experiments.modit import open_run, same_config
+from experiments.modit import open_run
+from experiments.workdir import same_run
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
     """Every seed of `config`, one after the other."""
-    same_config(config, workdir)
     catalogue = open_catalogue(config.catalogue)
+    same_run(config, catalogue, workdir)
     print(
         f"{catalogue.name}: {catalogue.num_items} items x {catalogue.width}, "
         f"{catalogue.num_patterns} patterns, attributes {', '.join(catalogue.attribute_names)}; "

@@ -22,12 +22,13 @@ PyTree = Any
 class InputError(ValueError):
     """A bad input, said once and before any compute: the field, what is wrong with it, and the fix."""
 
-    def __init__(self, field: str, problem: str, fix: str):
+    def __init__(self, field: str, problem: str = "", fix: str = ""):
         super().__init__(field, problem, fix)  # all three, so that it survives a process pool
         self.field, self.problem, self.fix = field, problem, fix
 
     def __str__(self) -> str:
-        return f"{self.field}: {self.problem}. {self.fix}"
+        # absl rebuilds an error of a config file from its message alone.
+        return f"{self.field}: {self.problem}. {self.fix}" if self.problem else self.field
 
 
 @struct.dataclass

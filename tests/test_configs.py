@@ -1,18 +1,25 @@
 """Configs: every leaf is read, none is invented, and each size is what it says."""
 
 import contextlib
+import dataclasses
 import io
+import json
+import subprocess
+import sys
+from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from experiments import evaluate, run
+from experiments import evaluate
 from experiments.catalogues import open_catalogue
 from experiments.configs import modit
-from experiments.modit import open_run, same_config
+from experiments.modit import open_run
+from experiments.workdir import read_rows, same_run
 from genret.types import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class Reads(ConfigDict):
@@ -67,7 +74,7 @@ def test_every_leaf_is_read_by_a_whole_run(tmp_path):
     unread = {name for leaf, name in leaves(config) if leaf not in Reads.seen}
     # Only the Kaggle builders read these two.
     assert unread == {"catalogue.raw", "catalogue.embeddings"}
-    rows = evaluate.read_rows(tmp_path / "run" / "results.jsonl")
+    rows = read_rows(tmp_path / "run" / "results.jsonl")
     methods = {row["method"] for row in rows}
     assert len(rows) == 8 * len(methods) and {"MO-DiT", "seed mean"} <= methods
 
@@ -113,9 +120,29 @@ def test_every_size_makes_its_config_and_model(size):
     assert all(np.isfinite(config.stages[s].learning_rate) for s in config.stages)
 
 
-def test_a_workdir_keeps_to_its_config_but_seeds_may_join(tmp_path):
-    same_config(modit.get_config("size=test"), tmp_path)
-    same_config(modit.get_config("size=test,seeds=0+1"), tmp_path)
-    with pytest.raises(InputError, match="another config"):
-        same_config(modit.get_config("size=demo"), tmp_path)
-    assert run.main and jax.device_count() == 8
+def test_a_workdir_keeps_to_its_run_but_seeds_may_join(molecules, tmp_path):
+    same_run(modit.get_config("size=test"), molecules, tmp_path)
+    config = modit.get_config("size=test,seeds=1")
+    config.mesh.fsdp = 2
+    same_run(config, molecules, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["seeds"] == [0, 1]
+    with pytest.raises(InputError, match="another batch"):
+        same_run(modit.get_config("size=demo"), molecules, tmp_path)
+    labels = molecules.labels.copy()
+    labels[0, 7] = 1 - labels[0, 7]
+    with pytest.raises(InputError, match="catalogue digest"):
+        same_run(config, dataclasses.replace(molecules, labels=labels), tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match="not JSON"):
+        same_run(config, molecules, tmp_path)
+
+
+def test_a_config_error_is_one_line():
+    command = [sys.executable, "-m", "experiments.run", "--workdir=nowhere"]
+    found = subprocess.run(
+        [*command, "--config=experiments/configs/modit.py:size=huge"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode and "unknown size 'huge'" in found.stderr and "Traceback" not in found.stderr

@@ -1,13 +1,13 @@
 """MO-DiT stages 1-3 on MOSES, the Kaggle catalogues, or your own Parquet.
 
     --config=experiments/configs/modit.py:size=demo
-    --config=experiments/configs/modit.py:size=demo,data=mine.parquet
+    --config=experiments/configs/modit.py:size=demo,data=mine.parquet,seeds=0+1+2
 
 Arguments: size (test, demo, S, B, L), data (moses, fashion, streaming or the path of a catalogue),
 raw (folder or file of the Kaggle CSVs), embeddings (already computed, for those CSVs), seeds (0+1+2).
 
-Expected (MOSES 40k, mean Joint@20 of MO-DiT over four domains on item / pattern holdout), 2 CPU cores:
-    test   seconds, no figure          demo   see README          full   see README
+Expected (MOSES 40k, mean Joint@20 over four domains on item / pattern holdout): the README's table for
+size=demo, in minutes on 2 CPU cores; size=test runs in seconds and has no figure.
 S, B and L are meant for accelerators and have no figure yet.
 """
 
@@ -49,6 +49,8 @@ def get_config(argument: str = "") -> ConfigDict:
         return options | kw
 
     c = ConfigDict()
+    if not all(s.isdigit() for s in arg.seeds.split("+")):
+        raise InputError("seeds", f"cannot read {arg.seeds!r}", "write seeds=0+1+2")
     c.seeds = tuple(int(s) for s in arg.seeds.split("+"))  # one whole run each: labels, cells, training
     c.catalogue = dict(
         data=arg.data,  # moses, fashion, streaming, or a path
@@ -76,7 +78,8 @@ def get_config(argument: str = "") -> ConfigDict:
     )
     c.model = dict(
         size=arg.size,  # see diffusion/dit.py
-        anchor="steering",  # seeds, steering, or none (plain preconditioning)
+        centred=True,  # False: plain preconditioning, the ablation
+        anchor_steering=0.4,  # strength of the linear probe in the anchor; 0 = the seed mean alone
         per_coordinate=False,  # one data std per coordinate instead of one for all
         noise="log_uniform",  # or log_normal
         drop_domain=0.1,  # share of examples under the null domain, for guidance

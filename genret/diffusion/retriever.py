@@ -51,10 +51,10 @@ class Retriever:
         """EDM denoising loss per coordinate of the target set: λ(σ) ‖D - z₀‖² / (K D), f32[B]."""
         keys = jax.vmap(lambda k: jax.random.split(k))(draw.key)  # [B, 2]
         dropped = jax.vmap(jax.random.uniform)(keys[:, 0]) < self.drop_domain
+        anchor = space.anchor(batch.condition)  # also of dropped domains: guidance compares like with like
         condition = batch.condition.replace(
             domain=jnp.where(dropped, self.model.domains, batch.condition.domain)
         )
-        anchor = space.anchor(condition)
         clean = space.encode(batch.target, anchor)
         sigma = edm.noise_level(draw.uniform, self.noise)
         noise = edm.gaussian_noise(keys[:, 1], clean.shape[1:])

@@ -31,6 +31,13 @@ def seed_mean(embeddings: np.ndarray, contexts: Contexts) -> np.ndarray:
     return unit((embeddings[contexts.seeds] * given[..., None]).sum(1))
 
 
+def reach(embeddings: np.ndarray, contexts: Contexts, queries: np.ndarray, r: float) -> np.ndarray:
+    """c_S + r (q - c_S), normalised: how far to go from the seed mean towards queries f32[Q, R, D], or
+    past them. Every trained query model may choose r on validation, as steering chooses its strength."""
+    start = seed_mean(embeddings, contexts)[:, None]
+    return unit(start + r * (queries - start))
+
+
 @dataclass(frozen=True)
 class Baselines:
     """The fitted pieces that baselines share.
@@ -94,15 +101,16 @@ class Baselines:
     def _top(self, queries: np.ndarray, contexts: Contexts, depth: int) -> np.ndarray:
         return rank(self.searcher.index, queries, depth, exclude=contexts.seeds)
 
-    def reranked(self, contexts: Contexts, depth: int) -> np.ndarray:
-        """The seed mean's top `depth` judged items, best predicted density first: i32[Q, K]."""
-        s = self.searcher
+    def reranked(self, contexts: Contexts, depth: int) -> tuple[np.ndarray, np.ndarray]:
+        """The seed mean's top `depth` judged items, best predicted density first: i32[Q, K], and the
+        query that found them."""
+        s, mean = self.searcher, self.mean(contexts)
         ids = rank(
-            s.index, self.mean(contexts), depth, exclude=contexts.seeds,
+            s.index, mean, depth, exclude=contexts.seeds,
             labels=s.catalogue.labels, domain=contexts.domain,
         )  # fmt: skip
         order = np.argsort(-self.predicted[contexts.domain[:, None], ids], axis=1, kind="stable")
-        return np.take_along_axis(ids, order[:, : s.k], 1)
+        return np.take_along_axis(ids, order[:, : s.k], 1), mean[:, None]
 
     def nearest_tail(self, contexts: Contexts, _: Any) -> np.ndarray:
         """Tail centroid of the training cell nearest to the seed mean: a lookup."""
@@ -191,7 +199,7 @@ def fit_ridge(
         x = unit(batch.condition.context.sum(1))
         x = np.concatenate([x, np.ones((len(x), 1))], 1).astype(np.float64)
         for m in range(domains):
-            here = batch.condition.domain == m
+            here = (batch.condition.domain == m) & (batch.weight > 0)
             gram[m] += x[here].T @ x[here]
             cross[m] += x[here].T @ batch.target[here, 0]
     eye = np.eye(width + 1)

@@ -13,10 +13,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from genret.diffusion.edm import unit
-from genret.modit.softmax import draw_candidates, multi_positive_softmax
+from genret.modit.softmax import make_corpus, multi_positive_softmax
 from genret.modit.stages import TrainingSet
 from genret.modit.trajectories import seeds_and_tail
 from genret.training.loop import FitOptions, fit
@@ -27,20 +28,15 @@ from genret.types import Array, Terms
 class QueryEncoder(nn.Module):
     """(seed mean f32[B, D], domain i32[B]) -> unit-norm query f32[B, D]; the seed mean at initialisation.
 
-    One linear map per domain, or one hidden layer of `width` that all domains share. The linear map has
-    been the stronger one at every label budget tried: it overfits the training cells less.
+    One linear map and shift per domain. A hidden layer shared by all domains was tried on MOSES and lost:
+    it overfits the training cells.
     """
 
     domains: int
-    width: int = 0
 
     @nn.compact
     def __call__(self, x: Array, domain: Array) -> Array:
         size, zeros = x.shape[-1], nn.initializers.zeros
-        if self.width:
-            onehot = jax.nn.one_hot(domain, self.domains)
-            h = nn.Dense(self.width, name="hidden")(jnp.concatenate([x * size**0.5, onehot], -1))
-            return unit(x + nn.Dense(size, kernel_init=zeros, name="out")(nn.gelu(h)))
         maps = self.param("kernel", zeros, (self.domains, size, size))
         shifts = self.param("bias", zeros, (self.domains, size))
         return unit(x + jnp.einsum("bd,bde->be", x, maps[domain]) + shifts[domain])
@@ -53,16 +49,17 @@ def fit_contrastive(
     options: FitOptions,
     *,
     seeds: int,
-    batch: int = 256,
-    corpus: int = 32768,
-    width: int = 0,
-    temperature: float = 0.03,
+    batch: int,
+    corpus: int,
+    temperature: float,
+    mesh: Mesh | None = None,
 ) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     """Train on positives bool[M, N]; returns (seed means f32[Q, D], domain i32[Q]) -> queries f32[Q, D].
 
-    corpus: softmax candidates per step (all training items if there are fewer). width: see QueryEncoder.
+    corpus: most negatives of the softmax. A finished run in `workdir` is read back.
     """
-    model = QueryEncoder(len(positive), width)
+    model, size = QueryEncoder(len(positive)), data.embeddings.shape[1]
+    negatives = make_corpus(data.train, len(data.embeddings), corpus, options.seed)
 
     def batches(step, _):
         rng = np.random.default_rng([options.seed, 31, step])
@@ -72,23 +69,23 @@ def fit_contrastive(
         x = (data.embeddings[items] * (items >= 0)[..., None]).sum(1)
         members = data.cells.members[cell]
         hits = np.where((members >= 0) & positive[domain[:, None], members], members, -1)
-        found = draw_candidates(rng, data.train, len(data.embeddings), hits, items, corpus)
-        return {"x": x, "domain": domain, "candidates": found}
+        return {"x": x, "domain": domain, "candidates": negatives.candidates(hits, items)}
 
-    def loss(params, table, rows, _):
+    def loss(params, frozen, rows, _):
         q = model.apply({"params": params}, unit(rows["x"]), rows["domain"])
-        return Terms(*multi_positive_softmax(q, table, rows["candidates"], temperature))
+        return Terms(
+            *multi_positive_softmax(q, frozen["table"], frozen["corpus"], rows["candidates"], temperature)
+        )
 
-    size = data.embeddings.shape[1]
     stage = Stage(
         name=workdir.name,
         init=lambda key: model.init(key, jnp.zeros((1, size)), jnp.zeros(1, jnp.int32))["params"],
         loss=loss,
         batch=batches,
         rules=((r"", P()),),
-        frozen=np.asarray(data.embeddings),
-        card={"embedding": size, "domains": len(positive), "width": width},
+        frozen={"table": np.asarray(data.embeddings), "corpus": negatives.rows},
+        card={"embedding": size, "domains": len(positive)},
     )
-    params = fit(stage, workdir, options).ema
+    params = fit(stage, workdir, options, mesh=mesh).ema
     encode = jax.jit(lambda x, m: model.apply({"params": params}, x, m))
     return lambda x, m: np.asarray(encode(x, m))

@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from genret.catalogue.format import Catalogue
@@ -116,8 +117,20 @@ class Predictor:
         return np.asarray(unit(ascent))
 
 
+def predictor_card(catalogue: Catalogue, labels: Labels) -> dict:
+    """What a predictor's checkpoint was trained on."""
+    bought = {"probes": len(labels.probes), "lookups": labels.lookups}
+    return {"domains": list(catalogue.attribute_names), "embedding": catalogue.width, **bought}
+
+
 def fit_predictor(
-    catalogue: Catalogue, labels: Labels, workdir: Path, options: FitOptions, *, batch: int = 256
+    catalogue: Catalogue,
+    labels: Labels,
+    workdir: Path,
+    options: FitOptions,
+    *,
+    batch: int = 256,
+    mesh: Mesh | None = None,
 ) -> Predictor:
     """Train the metric predictor on the probes; a finished run is read back."""
     model = DensityMLP(catalogue.num_domains)
@@ -141,14 +154,9 @@ def fit_predictor(
         loss=loss,
         batch=batches,
         rules=((r"", P()),),
-        card={
-            "domains": list(catalogue.attribute_names),
-            "embedding": catalogue.width,
-            "probes": len(labels.probes),
-            "lookups": labels.lookups,
-        },
+        card=predictor_card(catalogue, labels),
     )
-    params = fit(stage, workdir, options).ema
+    params = fit(stage, workdir, options, mesh=mesh).ema
     return Predictor(model, params)
 
 
@@ -177,7 +185,9 @@ def linear_probes(catalogue: Catalogue, labels: Labels) -> tuple[np.ndarray, np.
 
 
 def knn_density(catalogue: Catalogue, labels: Labels, embeddings: np.ndarray, k: int = 10) -> np.ndarray:
-    """Predictor baseline: mean labelled density of the k nearest probes, f32[M, n]."""
+    """Predictor baseline: share of positives among the known labels of the k nearest
+    probes, f32[M, n]."""
     index = ExactIndex(catalogue.embeddings[labels.probes])
     ids, _ = index.search(np.asarray(embeddings), min(k, len(labels.probes)))
-    return np.mean((labels.positives / np.maximum(labels.trials, 1))[:, ids], axis=-1)
+    positives, trials = labels.positives[:, ids].sum(-1), labels.trials[:, ids].sum(-1)
+    return positives / np.maximum(trials, 1)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from genret.catalogue.format import Catalogue
 from genret.catalogue.splits import Splits
@@ -51,6 +52,7 @@ def prepare(
     tail_least: int,
     seed: int,
     index: str = "auto",
+    mesh: Mesh | None = None,
     say: Callable[[str], None] = print,
 ) -> Fitted:
     """Fit, or read back what an earlier call with the same options wrote to `workdir`/fitted."""
@@ -64,7 +66,7 @@ def prepare(
         labels = dn.buy_labels(catalogue, splits.train, budget=budget, k=k, seed=seed)
     else:
         labels = dn.Labels(*(arrays[n] for n in ("probes", "positives", "trials", "seen")))
-    fitted = dn.fit_predictor(catalogue, labels, workdir / "predictor", predictor)
+    fitted = dn.fit_predictor(catalogue, labels, workdir / "predictor", predictor, mesh=mesh)
     if arrays is None:
         say("fitting linear probes, latent cells and the neighbour table")
         arrays = _fit(catalogue, splits, labels, fitted, cells, neighbours, seed, index)

@@ -114,7 +114,7 @@ class Searcher:
 class Method:
     """One line of the table.
 
-    run: (contexts, setting) -> queries f32[Q, R, D], or a ranking i32[Q, K].
+    run: (contexts, setting) -> queries f32[Q, R, D], or (ranking i32[Q, K], the queries behind it).
     grid: settings to choose from on validation, per cell; one setting means nothing to choose.
     probes: index probes per context. calls: network evaluations per context, or setting -> calls.
     uses: what it reads beyond seeds: 'nothing', 'labels' (the shared budget), 'pattern' or 'all labels'
@@ -123,7 +123,7 @@ class Method:
     """
 
     name: str
-    run: Callable[[Contexts, Any], np.ndarray]
+    run: Callable[[Contexts, Any], np.ndarray | tuple[np.ndarray, np.ndarray]]
     grid: Sequence[Any] = (None,)
     probes: int = 1
     calls: int | Callable[[Any], int] = 0
@@ -132,10 +132,10 @@ class Method:
 
 
 def ranking(method: Method, searcher: Searcher, contexts: Contexts, setting: Any):
-    """(ids i32[Q, K], queries or None)."""
+    """(ids i32[Q, K], queries f32[Q, R, D])."""
     out = method.run(contexts, setting)
-    if np.issubdtype(out.dtype, np.integer):
-        return out, None
+    if isinstance(out, tuple):
+        return out
     if not np.isfinite(out).all():
         raise InputError(method.name, "made a query that is not finite", "check what it was fitted on")
     return searcher.rank(out, contexts), out
@@ -180,9 +180,12 @@ def evaluate(
     validation: Contexts,
     test: Contexts,
     protocol: dict[str, Any],
+    lookups: int,
 ) -> list[dict[str, Any]]:
     """Rows of one method, one per (split, domain), with hits per context for paired tests.
 
+    lookups: distinct attribute look-ups of the shared training budget; a row counts them only where the
+    method reads labels, and `tried` counts the settings that validation labels chose among.
     exact: measures the recall of `searcher.index` on this method's own queries.
     """
     chosen = choose(method, searcher, validation)
@@ -205,10 +208,13 @@ def evaluate(
             }
             for name in ("joint", "attribute", "purity", "headroom", "normalised_joint"):
                 row[name] = round(macro(getattr(scores, name)[at], pattern), 6)
-            row |= {"setting": setting, "probes": method.probes}
+            row |= {"setting": setting, "probes": method.probes, "tried": len(method.grid)}
+            row["lookups"] = {"nothing": 0, "all labels": int((searcher.catalogue.labels >= 0).sum())}.get(
+                method.uses, lookups
+            )
             row["calls"] = method.calls(setting) if callable(method.calls) else method.calls
             row |= {"uses": method.uses, "index": searcher.index.name}
-            row["ann_recall"] = _recall(searcher, exact, queries[at]) if queries is not None else None
+            row["ann_recall"] = _recall(searcher, exact, queries[at])
             hits = {
                 n: np.rint(getattr(scores, n)[at] * searcher.k).astype(int).tolist()
                 for n in ("joint", "attribute", "purity")

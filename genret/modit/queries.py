@@ -14,7 +14,7 @@ import numpy as np
 
 from genret.diffusion.edm import Space
 from genret.diffusion.retriever import Retriever
-from genret.modit.baselines import seed_mean, unit
+from genret.modit.baselines import reach, unit
 from genret.modit.protocol import Cell, Contexts, Method
 from genret.modit.stages import condition
 from genret.modit.trajectories import sort_by_density
@@ -41,9 +41,9 @@ class MoDiT:
     ) -> np.ndarray:  # fmt: skip
         """Unit-norm queries f32[Q, rows, D]; each of `rollout` rounds appends the query to the context
         and asks again, in blocks of one compiled shape. guidance 0 costs one network call, else two. null:
-        ask under the null domain, as a model that has seen no attribute must be asked."""
+        ask under the null domain and in the order given, as a model that has seen no attribute must be."""
         domain = np.full_like(contexts.domain, len(self.density)) if null else contexts.domain
-        items = sort_by_density(contexts.seeds, self.density, contexts.domain)
+        items = contexts.seeds if null else sort_by_density(contexts.seeds, self.density, contexts.domain)
         keys = jax.random.split(jax.random.key(seed), len(contexts))
         out = np.empty((len(contexts), rows, self.embeddings.shape[1]), np.float32)
         for start in range(0, len(contexts), self.block):
@@ -91,10 +91,8 @@ def model_methods(
     """
 
     def chosen(contexts: Contexts, setting: tuple[str, float, float]) -> np.ndarray:
-        stage, w, reach = setting
-        made = stages[stage].queries(contexts, w)
-        start = seed_mean(plain.embeddings, contexts)[:, None]
-        return unit(start + reach * (made - start))
+        stage, w, r = setting
+        return reach(plain.embeddings, contexts, stages[stage].queries(contexts, w), r)
 
     def at(model: MoDiT, **options: Any):
         return lambda contexts, _: model.queries(contexts, seed=seed, **options)

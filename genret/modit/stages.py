@@ -15,7 +15,7 @@ from genret.diffusion.dit import SHARDING_RULES
 from genret.diffusion.edm import Space
 from genret.diffusion.retriever import Retriever
 from genret.modit import trajectories as tr
-from genret.modit.softmax import Candidates, draw_candidates, multi_positive_softmax
+from genret.modit.softmax import Candidates, Corpus, make_corpus, multi_positive_softmax
 from genret.training.stage import Stage
 from genret.types import Batch, Condition, InputError, PyTree, Terms
 
@@ -111,13 +111,13 @@ def _tail_examples(rng, data: TrainingSet, cell, domain, seeds: int) -> tuple[Ba
     return batch, items
 
 
-def retrieval_batch(rng, data: TrainingSet, size: int, seeds: int, corpus: int) -> TailBatch:
-    """`tail_batch` with its softmax: the known positives of each cell against `corpus` candidates."""
+def retrieval_batch(rng, data: TrainingSet, size: int, seeds: int, corpus: Corpus) -> TailBatch:
+    """`tail_batch` with its softmax: the known positives of each cell against the corpus."""
     cell, domain = _cells_and_domains(rng, data, size)
     examples, items = _tail_examples(rng, data, cell, domain, seeds)
     members = data.cells.members[cell]
     hits = np.where((members >= 0) & data.has[domain[:, None], members], members, -1)
-    return TailBatch(examples, draw_candidates(rng, data.train, len(data.embeddings), hits, items, corpus))
+    return TailBatch(examples, corpus.candidates(hits, items))
 
 
 def _cells_and_domains(rng, data: TrainingSet, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -126,7 +126,7 @@ def _cells_and_domains(rng, data: TrainingSet, size: int) -> tuple[np.ndarray, n
 
 @dataclass(frozen=True)
 class RetrievalTerm:
-    """Weight and temperature of `multi_positive_softmax` in SFT, and its candidates per step.
+    """Weight and temperature of `multi_positive_softmax` in SFT, and the size of its corpus.
 
     Not in the papers: squared error to a centroid pulls queries towards the mean of the training
     patterns and loses Purity; this term trains the one-call query on the ranking itself.
@@ -141,7 +141,7 @@ DRAWS: dict[str, Callable] = {"pretrain": raw_batch, "cpt": ordered_batch, "sft"
 
 
 def make_stage(
-    name: str,
+    folder: str,
     retriever: Retriever,
     space: Space,
     data: TrainingSet,
@@ -153,25 +153,29 @@ def make_stage(
     retrieval: RetrievalTerm | None = None,
     regression: bool = False,
 ) -> Stage:
-    """Stage `name` of pretrain, cpt, sft.
+    """The stage that trains in `folder`: pretrain, cpt or sft, or a variant such as sft_plain.
 
     length: items per walk, or seeds per context in sft. replay: share of each batch drawn from
-    pretraining, so that CPT does not forget. retrieval: adds the retrieval-aware term to sft.
+    pretraining, so that CPT does not forget. retrieval: the retrieval-aware term, for sft alone.
     regression: the same batches under a squared error without diffusion, which is the MSE baseline.
     """
+    name = folder.partition("_")[0]
     if name not in DRAWS:
         raise InputError("stage", f"unknown stage {name!r}", f"use one of {', '.join(DRAWS)}")
+    if retrieval and name != "sft":
+        raise InputError("retrieval", f"{name} has no retrieval-aware term", "use it with sft")
     walk = name != "sft"  # its last item is the target
     if not 1 + walk <= length <= retriever.model.max_context + walk:
         problem = f"{length} is not in {1 + walk}..{retriever.model.max_context + walk}"
         raise InputError("length", problem, "change it, or raise model.max_context")
     stream = list(DRAWS).index(name)
     replayed = round(replay * batch)
+    corpus = make_corpus(data.train, len(data.embeddings), retrieval.corpus, seed) if retrieval else None
 
     def draw(step: int, _: PyTree) -> Batch | TailBatch:
         rng = np.random.default_rng([seed, stream, step])
         if retrieval:
-            return retrieval_batch(rng, data, batch, length, retrieval.corpus)
+            return retrieval_batch(rng, data, batch, length, corpus)
         fresh = DRAWS[name](rng, data, batch - replayed, length)
         return stack(fresh, raw_batch(rng, data, replayed, length)) if replayed else fresh
 
@@ -179,19 +183,23 @@ def make_stage(
         terms = retriever.loss(params, frozen["space"], batch.examples, draw)
         query = retriever.query(params, frozen["space"], batch.examples.condition)
         softmax, found = multi_positive_softmax(
-            query[:, 0], frozen["table"], batch.candidates, retrieval.temperature
+            query[:, 0], frozen["table"], frozen["corpus"], batch.candidates, retrieval.temperature
         )
-        aux = {"denoising": terms.loss, "softmax": softmax * found}
+        aux = {"denoising": terms.loss, "softmax": softmax * found, "with_positives": found}
         return Terms(terms.loss + retrieval.weight * softmax * found, terms.weight, aux)
 
     loss = retriever.regression_loss if regression else retriever.loss
     return Stage(
-        name=f"{name}_mse" if regression else name,
+        name=folder,
         init=retriever.init,
         loss=with_retrieval if retrieval else loss,
         batch=draw,
         rules=SHARDING_RULES,
-        frozen={"space": space, "table": np.asarray(data.embeddings)} if retrieval else space,
+        frozen=(
+            {"space": space, "table": np.asarray(data.embeddings), "corpus": corpus.rows}
+            if retrieval
+            else space
+        ),
         card=model_card(retriever.model, space),
     )
 

@@ -69,6 +69,8 @@ def place(tree: PyTree, target: PyTree) -> PyTree:
     """Host arrays onto the mesh; every process passes the same global arrays and copies its own rows."""
 
     def one(x, s):
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return jax.device_put(x, s)  # already global: a reference model, say
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, s, lambda index: x[index])
 

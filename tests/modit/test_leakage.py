@@ -55,7 +55,7 @@ def test_predictor_is_the_same(both, molecules, splits):
     folders, (one, two) = both
     model = dn.DensityMLP(4)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, molecules.width)))["params"])
-    card = {"domains": list(molecules.attribute_names), "width": molecules.width}
+    card = dn.predictor_card(molecules, one.labels)
     params = [restore_params(f / "predictor" / "checkpoints", shapes, card=card) for f in folders]
     same(*params)
     for rows, moved in ((splits.train, False), (~splits.train, True)):  # the held-out rows did move

@@ -1,0 +1,71 @@
+"""Open the catalogue a config names, building it on first use."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from genret.catalogue import kaggle, moses
+from genret.catalogue.format import Catalogue, load
+from genret.training.log import Progress
+from genret.types import InputError
+
+
+def open_catalogue(config: ConfigDict) -> Catalogue:
+    """`config.data` is moses, fashion, streaming or a path to a catalogue in genret's format.
+
+    Built catalogues are kept in `config.folder` under a name that says what is in them.
+    Raises InputError for a path that does not exist or a missing `raw`.
+    """
+    data, folder = config.data, Path(config.folder)
+    if data not in ("moses", "fashion", "streaming"):
+        path = Path(data)
+        if not path.exists():
+            raise InputError("data", f"{data} does not exist", "use moses, fashion, streaming or a path")
+        return load(path, cells=config.cells or None, seed=config.seed)
+    name = data
+    if data == "moses":
+        size = config.num_items or "all"
+        name = f"moses_{size}_{config.pattern}{config.cells or ''}_{config.seed}"
+    path = folder / f"{name}.parquet"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        if data == "moses":
+            moses.build(
+                path, items=size, pattern=config.pattern, seed=config.seed,
+                cells=config.cells or None, progress=_reporter("molecules"),
+            )  # fmt: skip
+        else:
+            _build_kaggle(config, path)
+    # Molecules bring their patterns; the Kaggle tables get cells here.
+    cells = None if data == "moses" else config.cells or None
+    return load(path, cells=cells, seed=config.seed)
+
+
+def _build_kaggle(config: ConfigDict, path: Path) -> None:
+    if not config.raw or not Path(config.raw).exists():
+        raise InputError(
+            "raw", f"{config.raw or 'nothing'} given for {config.data}", "pass raw=PATH of the Kaggle CSVs"
+        )
+    from genret.language.encoder import load_encoder
+
+    ready = np.load(config.embeddings, allow_pickle=False) if config.embeddings else None
+    encode = functools.partial(load_encoder().encode, progress=_reporter("texts encoded"))
+    build = {"fashion": kaggle.fashion, "streaming": kaggle.streaming}[config.data]
+    build(config.raw, path, encode=encode, embeddings=ready)
+
+
+def _reporter(what: str) -> Callable[[int, int], None]:
+    """progress(done, total), its clock started by the first call."""
+    started: list[Progress] = []
+
+    def report(done: int, total: int) -> None:
+        if not started:
+            started.append(Progress(what, total, apart=5.0))
+        started[0](done)
+
+    return report

@@ -1,0 +1,115 @@
+"""MO-DiT stages 1-3 on MOSES, the Kaggle catalogues, or your own Parquet.
+
+    --config=experiments/configs/modit.py:size=demo
+    --config=experiments/configs/modit.py:size=demo,data=mine.parquet
+
+Arguments: size (test, demo, S, B, L), data (moses, fashion, streaming or the path of a catalogue),
+raw (folder or file of the Kaggle CSVs), embeddings (already computed, for those CSVs), seeds (0+1+2).
+
+Expected (MOSES 40k, mean Joint@20 of MO-DiT over four domains on item / pattern holdout), 2 CPU cores:
+    test   seconds, no figure          demo   see README          full   see README
+S, B and L are meant for accelerators and have no figure yet.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.arguments import parse
+from genret.types import InputError
+
+# steps of (pretrain, cpt, sft), batch size, learning rate
+BUDGET = {
+    "test": ((6, 6, 6), 32, 1e-3),
+    "demo": ((200, 250, 200), 256, 1e-3),
+    "S": ((50_000, 20_000, 5_000), 1024, 3e-4),
+    "B": ((100_000, 30_000, 10_000), 2048, 2e-4),
+    "L": ((200_000, 30_000, 10_000), 4096, 1e-4),
+}
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    """The whole tree of defaults; every leaf is read, and an unknown one is refused."""
+    arg = parse(argument, size="demo", data="moses", raw="", embeddings="", seeds="0")
+    if arg.size not in BUDGET:
+        raise InputError("size", f"unknown size {arg.size!r}", f"use one of {', '.join(BUDGET)}")
+    steps, batch, rate = BUDGET[arg.size]
+
+    def fit(steps: int, **kw) -> dict:
+        options = dict(
+            steps=steps,  # optimiser steps
+            learning_rate=rate,  # peak; AdamW(0.9, 0.95)
+            warmup=max(1, min(200, steps // 10)),  # steps, linear
+            weight_decay=0.01,  # on matrices
+            clip=1.0,  # global gradient norm
+            ema_decay=0.999 if steps > 1000 else 0.99,  # papers' A.4
+            microbatches=1,  # gradient accumulation; results do not depend on it
+            log_every=max(1, min(100, steps // 5)),  # steps
+            save_every=500,  # steps
+            keep=2,  # checkpoints
+        )
+        return options | kw
+
+    c = ConfigDict()
+    c.seeds = tuple(int(s) for s in arg.seeds.split("+"))  # one whole run each: labels, cells, training
+    c.catalogue = dict(
+        data=arg.data,  # moses, fashion, streaming, or a path
+        folder="data",  # where built catalogues are kept
+        raw=arg.raw,  # Kaggle CSVs
+        embeddings=arg.embeddings,  # npy in the documented order; empty = encode here
+        num_items=2_000 if arg.size == "test" else 40_000,  # moses: molecules to sample (0 = all 1.9 M)
+        pattern="cells",  # moses: cells or scaffold
+        cells={"fashion": 400, "streaming": 300}.get(arg.data, 0),  # evaluation cells (0 = N / 64)
+        seed=0,  # of the sample, the cells and the split
+        pattern_fraction=0.2,  # of patterns held out
+        item_fraction=0.2,  # of each other pattern's groups held out
+    )
+    c.labels = dict(
+        budget=0.05,  # share of training items probed (papers' A.3: 1 to 5 %)
+        predictor=fit(40 if arg.size == "test" else 600, learning_rate=1e-3, weight_decay=0.05),
+    )
+    c.latent = dict(
+        sizes=(32, 48, 80),  # mean items of a latent cell, one clustering each
+        seeds=4,  # clusterings per size
+        smallest=24,  # items; smaller cells are not used
+        neighbours=20,  # of the walk's kNN graph (GTG: 20 to 50)
+        tail_share=0.1,  # papers' A.7
+        tail_least=8,  # items, papers' A.7
+    )
+    c.model = dict(
+        size=arg.size,  # see diffusion/dit.py
+        anchor="steering",  # seeds, steering, or none (plain preconditioning)
+        per_coordinate=False,  # one data std per coordinate instead of one for all
+        noise="log_uniform",  # or log_normal
+        drop_domain=0.1,  # share of examples under the null domain, for guidance
+        dtype="bfloat16" if arg.size in ("S", "B", "L") else "float32",  # of the matmuls
+    )
+    c.batch = batch  # examples per step
+    c.length = 16  # items per walk (papers' A.6)
+    c.replay = 0.15  # share of CPT batches replayed from stage 1 (papers' A.6)
+    c.stages = {
+        name: fit(n, learning_rate=r)
+        for name, n, r in zip(("pretrain", "cpt", "sft"), steps, (rate, rate / 2, rate / 2), strict=True)
+    }
+    c.retrieval = dict(
+        weight=1.0,  # of the retrieval-aware term in SFT; 0 = the paper's recipe
+        temperature=0.035,  # of its softmax over cosines
+        corpus=32_768,  # its candidates per step
+    )
+    c.contrastive = dict(
+        steps=(4,) if arg.size == "test" else (60, 200),  # runs; validation picks one
+        fit=fit(0, warmup=10, weight_decay=0.05, ema_decay=0.9, log_every=20),  # steps come from above
+    )
+    c.mesh = dict(data=-1, fsdp=1, tensor=1)  # devices per axis; -1 takes what is left
+    c.evaluation = dict(
+        k=20,  # depth of every metric
+        index="auto",  # exact, scann, or auto (ScaNN where it is installed)
+        seeds=8,  # items per context
+        least_seeds=4,  # a context with fewer is not asked
+        least_positives=5,  # a pattern with fewer is not asked
+        per_pattern=2,  # contexts per (pattern, domain)
+        samples=4 if arg.size == "test" else 8,  # for "mean of n" and "n merged"
+        reaches=(1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 1.2),  # of the query past the seed mean; tried on validation
+        guidance=(1.0, 2.0),  # classifier-free, on the domain; tried on validation at reach 1
+        purity_slack=0.04,  # Purity that MO-DiT's setting may lose to the seed mean on validation
+        seed=0,  # of the contexts: the same for every run
+    )
+    return c

@@ -1,0 +1,244 @@
+"""From a config to the objects of one MO-DiT run; training and evaluation share it."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from genret.catalogue.format import Catalogue
+from genret.catalogue.splits import Splits, make_splits
+from genret.diffusion import edm
+from genret.diffusion.dit import make_dit
+from genret.diffusion.retriever import Retriever
+from genret.modit import baselines, contrastive, fitting, protocol, stages
+from genret.modit.queries import MoDiT, model_methods
+from genret.retrieval.index import build_index
+from genret.training.checkpoint import restore_params
+from genret.training.loop import FitOptions, fit
+from genret.training.mesh import make_mesh
+from genret.training.stage import Stage
+from genret.types import InputError
+
+STAGES = ("pretrain", "cpt", "sft")
+# Other endings of the same run, from the same CPT checkpoint with the same batches and steps.
+PLAIN, REGRESSION = "sft_plain", "sft_mse"
+
+
+def options(section: ConfigDict, seed: int, **changes: Any) -> FitOptions:
+    """FitOptions of a config section; a leaf that FitOptions does not know is an error."""
+    return FitOptions(**{**section.to_dict(), **changes}, seed=seed)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One seed of one configuration, in `folder`."""
+
+    config: ConfigDict
+    catalogue: Catalogue
+    splits: Splits
+    folder: Path
+    seed: int
+
+    @functools.cached_property
+    def mesh(self) -> Mesh:
+        return make_mesh(**self.config.mesh)
+
+    @functools.cached_property
+    def searcher(self) -> protocol.Searcher:
+        e = self.config.evaluation
+        depth = e.k + e.seeds
+        return protocol.Searcher(
+            self.catalogue, build_index(e.index, self.catalogue.embeddings, depth, self.mesh), e.k
+        )
+
+    def contexts(self, stage: str) -> protocol.Contexts:
+        """Validation or test contexts; the same for every seed."""
+        e = self.config.evaluation
+        return protocol.draw_contexts(
+            self.catalogue, self.splits, stage, seeds=e.seeds, least_seeds=e.least_seeds,
+            least_positives=e.least_positives, per_pattern=e.per_pattern, seed=e.seed,
+        )  # fmt: skip
+
+    @functools.cached_property
+    def fitted(self) -> fitting.Fitted:
+        c = self.config
+        return fitting.prepare(
+            self.catalogue, self.splits, self.folder, budget=c.labels.budget, k=c.evaluation.k,
+            predictor=options(c.labels.predictor, self.seed),
+            cells={n: c.latent[n] for n in ("sizes", "seeds", "smallest")},
+            neighbours=c.latent.neighbours, tail_share=c.latent.tail_share,
+            tail_least=c.latent.tail_least, seed=self.seed, index=c.evaluation.index,
+        )  # fmt: skip
+
+    @functools.cached_property
+    def baselines(self) -> baselines.Baselines:
+        f = self.fitted
+        return baselines.Baselines(
+            self.searcher, f.data, f.labels, f.predicted, f.normals, f.gradient,
+            baselines.fit_ridge(f.data, seeds=self.config.evaluation.seeds, seed=self.seed),
+        )  # fmt: skip
+
+    @functools.cached_property
+    def purity_floor(self) -> dict[protocol.Cell, float]:
+        """Validation Purity of the seed mean, less what MO-DiT may lose of it."""
+        seed_mean = next(self.baselines.methods())
+        _, purity = protocol.validation_scores(seed_mean, self.searcher, self.contexts("validation"), None)
+        return {cell: p - self.config.evaluation.purity_slack for cell, p in purity.items()}
+
+    @functools.cached_property
+    def directions(self) -> np.ndarray:
+        """What the anchor adds to the seed mean, f32[M+1, D]: nothing, or the steering that validation
+        picks above the Purity floor (the mean over the two splits)."""
+        out = np.zeros((self.catalogue.num_domains + 1, self.catalogue.width), np.float32)
+        if self.config.model.anchor == "steering":
+            steering = protocol.Method(
+                "anchor", self.baselines.steering, baselines.STRENGTHS, floor=self.purity_floor
+            )
+            chosen = protocol.choose(steering, self.searcher, self.contexts("validation"))
+            for m, normal in enumerate(self.fitted.normals):
+                out[m] = normal * np.mean([s for (_, domain), s in chosen.items() if domain == m])
+        elif self.config.model.anchor not in ("seeds", "none"):
+            raise InputError(
+                "model.anchor",
+                f"unknown {self.config.model.anchor!r}",
+                "use seeds, steering or none",
+            )
+        return out
+
+    @functools.cached_property
+    def retriever(self) -> Retriever:
+        c = self.config
+        model = make_dit(
+            c.model.size, embedding=self.catalogue.width, domains=self.catalogue.num_domains,
+            max_context=max(c.length - 1, c.evaluation.seeds + 2), dtype=jnp.dtype(c.model.dtype),
+        )  # fmt: skip
+        return Retriever(model, c.model.noise, c.model.drop_domain)
+
+    def space(self, name: str) -> edm.Space:
+        """The coordinates of stage `name`, measured on 2,048 of its own targets."""
+        c = self.config.model
+        if c.anchor == "none":
+            return edm.plain_space(self.catalogue.width, self.catalogue.num_domains)
+        rng = np.random.default_rng([self.seed, 41])
+        # Pretraining knows no attribute, so its anchor is the seed mean alone.
+        directions = self.directions * (name != "pretrain")
+        batch = stages.DRAWS[name](rng, self.fitted.data, 2048, self.length(name))
+        rows = np.flatnonzero(batch.weight)
+        return edm.fit_space(
+            jax.tree.map(lambda x: x[rows], batch.condition),
+            batch.target[rows],
+            directions,
+            per_coordinate=c.per_coordinate,
+        )
+
+    def length(self, name: str) -> int:
+        """Items per walk, or seeds per context in SFT."""
+        return self.config.evaluation.seeds if name == "sft" else self.config.length
+
+    def stage(self, folder: str) -> Stage:
+        """The training stage of `folder`, ready to fit."""
+        c, name = self.config, folder.partition("_")[0]
+        term = stages.RetrievalTerm(**c.retrieval) if folder == "sft" and c.retrieval.weight else None
+        return stages.make_stage(
+            name, self.retriever, self.space(name), self.fitted.data, batch=c.batch,
+            length=self.length(name), replay=c.replay if name == "cpt" else 0.0, seed=self.seed,
+            retrieval=term, regression=folder == REGRESSION,
+        )  # fmt: skip
+
+    def train(self) -> None:
+        """Fit every stage that is not finished, each from the one before; then the trained rivals."""
+        before = None
+        for name in STAGES:
+            endings = [name, PLAIN, REGRESSION] if name == "sft" else [name]
+            states = [
+                fit(
+                    self.stage(folder), self.folder / folder,
+                    options(self.config.stages[name], self.seed), mesh=self.mesh, init_from=before,
+                )
+                for folder in endings
+            ]  # fmt: skip
+            before = states[0].ema
+        for source in ("labels", "pseudo"):
+            for steps in self.config.contrastive.steps:
+                self.contrastive(source, steps)
+
+    def model(self, folder: str, step: int | None = None) -> MoDiT:
+        """The trained model in `folder`, at its latest or a given step."""
+        shapes = jax.eval_shape(self.retriever.init, jax.random.key(0))
+        space = self.space(folder.partition("_")[0])
+        params = restore_params(
+            self.folder / folder / "checkpoints", shapes,
+            card=stages.model_card(self.retriever.model, space), step=step,
+        )  # fmt: skip
+        return MoDiT(self.retriever, params, space, self.catalogue.embeddings, self.fitted.predicted)
+
+    def contrastive(self, source: str, steps: int) -> Callable:
+        """The discriminative rival; trained on the first call, read back later."""
+        f, c = self.fitted, self.config.contrastive
+        if source == "labels":
+            positive = f.data.has
+        else:  # as many pseudo-positives as the labels' own rate, by predicted density
+            rates = [(s == 1).sum() / max((s >= 0).sum(), 1) for s in f.labels.seen]
+            cut = [np.quantile(p[f.data.train], 1 - r) for p, r in zip(f.predicted, rates, strict=True)]
+            positive = f.predicted >= np.asarray(cut)[:, None]
+        return contrastive.fit_contrastive(
+            f.data, positive, self.folder / f"contrastive_{source}_{steps}",
+            options(c.fit, self.seed, steps=steps), seeds=self.config.evaluation.seeds,
+            batch=self.config.batch,
+        )  # fmt: skip
+
+    def methods(self) -> list[protocol.Method]:
+        """Every line of the table, baselines first."""
+        e, c = self.config.evaluation, self.config.contrastive
+        base = self.baselines
+        out = list(base.methods())
+        for source, name in (("labels", "labels"), ("pseudo", "pseudo-labels")):
+            encoders = {s: self.contrastive(source, s) for s in c.steps}
+            out.append(
+                protocol.Method(
+                    f"contrastive encoder, {name}",
+                    lambda ctx, s, en=encoders: en[s](base.mean(ctx), ctx.domain)[:, None],
+                    c.steps, calls=1,
+                )
+            )  # fmt: skip
+        regressor = self.model(REGRESSION)
+        out.append(protocol.Method("MSE regressor (same DiT)", lambda c, _: regressor.queries(c), calls=1))
+        out += model_methods(
+            {name: self.model(name) for name in STAGES}, self.model(PLAIN), samples=e.samples,
+            reaches=e.reaches, guidance=e.guidance, floor=self.purity_floor, seed=self.seed,
+        )  # fmt: skip
+        return out + list(base.references())
+
+
+def open_run(config: ConfigDict, workdir: Path, seed: int, catalogue: Catalogue) -> Run:
+    """The run of one seed; `workdir`/seed_N holds everything it writes."""
+    c = config.catalogue
+    splits = make_splits(
+        catalogue, seed=c.seed, pattern_fraction=c.pattern_fraction, item_fraction=c.item_fraction
+    )
+    return Run(config, catalogue, splits, workdir / f"seed_{seed}", seed)
+
+
+def same_config(config: ConfigDict, workdir: Path) -> None:
+    """Write the config beside the run, or refuse to continue a run of another config."""
+    path, text = workdir / "config.json", config.to_json_best_effort(indent=1, sort_keys=True)
+    workdir.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        old, new = json.loads(path.read_text()), json.loads(text)
+        # More seeds may join a finished run; everything else is another experiment.
+        old.pop("seeds"), new.pop("seeds")
+        if old != new:
+            raise InputError(
+                "--workdir", f"{workdir} holds a run of another config", "choose another --workdir"
+            )
+    path.write_text(text)

@@ -1,0 +1,31 @@
+"""Train a configuration: python -m experiments.run --config=experiments/configs/modit.py --workdir=runs/x
+
+A run that is interrupted continues where it stopped; a finished one returns at once.
+"""
+
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from experiments.catalogues import open_catalogue
+from experiments.command import launch
+from experiments.modit import open_run, same_config
+
+
+def main(config: ConfigDict, workdir: Path) -> None:
+    """Every seed of `config`, one after the other."""
+    same_config(config, workdir)
+    catalogue = open_catalogue(config.catalogue)
+    print(
+        f"{catalogue.name}: {catalogue.num_items} items x {catalogue.width}, "
+        f"{catalogue.num_patterns} patterns, attributes {', '.join(catalogue.attribute_names)}; "
+        f"{jax.device_count()} {jax.default_backend()} device(s)",
+        flush=True,
+    )
+    for seed in config.seeds:
+        open_run(config, workdir, seed, catalogue).train()
+
+
+if __name__ == "__main__":
+    launch(main)

@@ -1,0 +1,122 @@
+"""Spherical k-means: cells of unit-norm rows by cosine (Lloyd's steps; Dhillon and Modha 2001).
+
+The N x P products run in JAX a block of rows at a time; the means are summed on the host in
+float64, in row order, so that a seed always gives the same cells (a GPU's scatter-add may not).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from genret.types import Array, InputError
+
+# Cosines held at once, whatever the number of cells: 64 MiB.
+_SCORES = 1 << 24
+
+
+@jax.jit
+def _nearest(rows: Array, centroids: Array) -> tuple[Array, Array]:
+    # Full float32: TF32 or bfloat16 would move rows between close cells and break monotony.
+    cosines = jnp.dot(rows, centroids.T, precision=jax.lax.Precision.HIGHEST)  # [block, P]
+    return jnp.argmax(cosines, axis=1).astype(jnp.int32), jnp.max(cosines, axis=1)
+
+
+def _sweep(embeddings, centroids: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nearest centroid i32[N] of every row and its cosine f32[N]."""
+    n = len(embeddings)
+    block = max(1, min(block, n, _SCORES // len(centroids)))
+    cell, cosine = np.empty(n, np.int32), np.empty(n, np.float32)
+    on_device = jnp.asarray(centroids)
+    padded = np.zeros((block, centroids.shape[1]), np.float32)
+    for start in range(0, n, block):
+        rows = np.asarray(embeddings[start : start + block], np.float32)
+        if len(rows) < block:  # a padded last block keeps one compiled shape
+            padded[: len(rows)] = rows
+        best, value = _nearest(rows if len(rows) == block else padded, on_device)
+        cell[start : start + block] = np.asarray(best)[: len(rows)]
+        cosine[start : start + block] = np.asarray(value)[: len(rows)]
+    return cell, cosine
+
+
+def _fill_empty(cell: np.ndarray, cosine: np.ndarray, num_clusters: int) -> np.ndarray:
+    """Gives each empty cell one of the worst-fitting rows; a cell keeps its best-fitting row."""
+    empty = np.flatnonzero(np.bincount(cell, minlength=num_clusters) == 0)
+    if not len(empty):
+        return cell
+    by_cell = np.lexsort((cosine, cell))  # within a cell, its best-fitting row comes last
+    movable = by_cell[:-1][cell[by_cell[1:]] == cell[by_cell[:-1]]]
+    worst = movable[np.lexsort((movable, cosine[movable]))[: len(empty)]]
+    cell = cell.copy()
+    cell[worst] = empty
+    return cell
+
+
+def _means(embeddings, cell: np.ndarray, centroids: np.ndarray, block: int) -> np.ndarray:
+    """Unit-norm mean f32[P, D] of each cell; a cell whose rows cancel out keeps its centroid."""
+    sums = np.zeros(centroids.shape, np.float64)
+    for start in range(0, len(cell), block):
+        part = cell[start : start + block]
+        order = np.argsort(part, kind="stable")
+        filled, first = np.unique(part[order], return_index=True)
+        rows = np.asarray(embeddings[start : start + block], np.float32)[order]
+        sums[filled] += np.add.reduceat(rows, first, axis=0, dtype=np.float64)
+    norm = np.linalg.norm(sums, axis=1, keepdims=True)
+    return np.where(norm > 1e-6, sums / np.maximum(norm, 1e-6), centroids).astype(np.float32)
+
+
+def spherical_kmeans(
+    embeddings: np.ndarray,
+    num_clusters: int,
+    *,
+    seed: int,
+    iterations: int = 20,
+    block: int = 65536,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Clusters unit-norm rows so that Sum_n cos(x_n, c_a(n)) rises at every iteration.
+
+    embeddings: f32[N, D] unit-norm rows; a `np.memmap` is read a block at a time.
+    block: most rows held at once (fewer where `num_clusters` is large), so [N, P] never exists.
+
+    Starts at `num_clusters` random distinct rows, gives an empty cell the worst-fitting row, and
+    stops when no row changes its cell, at most after `iterations`. Deterministic by `seed`.
+
+    Returns the centroids f32[P, D], each the unit-norm mean of its rows, and the cell i32[N] of
+    every row; no cell is empty. Raises InputError where there are fewer rows than clusters.
+    """
+    if np.ndim(embeddings) != 2:
+        problem = f"shape {np.shape(embeddings)} is not [N, D]"
+        raise InputError("embeddings", problem, "Pass a matrix.")
+    if num_clusters < 1 or num_clusters > len(embeddings):
+        raise InputError(
+            "num_clusters",
+            f"{num_clusters} clusters asked of {len(embeddings)} rows",
+            "Ask for at least 1 and at most one per row.",
+        )
+    if iterations < 1 or block < 1:
+        raise InputError("iterations" if iterations < 1 else "block", "is below 1", "Pass a positive number.")
+    chosen = np.random.default_rng(seed).choice(len(embeddings), num_clusters, replace=False)
+    centroids = np.asarray(embeddings[np.sort(chosen)], np.float32)
+    cell = None
+    for _ in range(iterations):
+        new = _fill_empty(*_sweep(embeddings, centroids, block), num_clusters)
+        if cell is not None and np.array_equal(new, cell):
+            break
+        cell = new
+        centroids = _means(embeddings, cell, centroids, block)
+    return centroids, cell
+
+
+def assign(embeddings: np.ndarray, centroids: np.ndarray, block: int = 65536) -> np.ndarray:
+    """Cell i32[N] of the nearest centroid by cosine; the lowest number wins a tie.
+
+    embeddings: f32[N, D], centroids: f32[P, D], unit norm. Raises InputError on unequal widths.
+    """
+    if np.ndim(embeddings) != 2 or np.shape(embeddings)[1] != np.shape(centroids)[1]:
+        raise InputError(
+            "embeddings",
+            f"shape {np.shape(embeddings)} does not fit centroids {np.shape(centroids)}",
+            "Use the embeddings that the centroids were fitted on.",
+        )
+    return _sweep(embeddings, np.asarray(centroids, np.float32), block)[0]

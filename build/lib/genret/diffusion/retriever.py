@@ -1,0 +1,117 @@
+"""A retriever: the network, its space and a condition, bound into a denoiser, a loss and queries."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from genret.diffusion import edm, sampler
+from genret.diffusion.dit import DiT
+from genret.types import Array, Batch, Condition, Draw, InputError, PyTree, Terms
+
+Method = Literal["posterior_mean", "heun", "euler", "exponential", "euler_maruyama"]
+
+
+@dataclass(frozen=True)
+class Retriever:
+    """A DiT with the training options that belong to its loss.
+
+    noise: distribution of σ in training. drop_domain: share of examples whose domain is replaced by the
+    null domain, which is what classifier-free guidance on the attribute needs.
+    """
+
+    model: DiT
+    noise: edm.NoiseKind = "log_uniform"
+    drop_domain: float = 0.1
+
+    def init(self, key: Array) -> PyTree:
+        """Parameters, float32."""
+        d, m = self.model.embedding, self.model.domains
+        condition = Condition(
+            jnp.zeros((1, 1, d)), jnp.ones((1, 1), bool), jnp.full((1,), m, jnp.int32),
+            jnp.zeros((1, 1, d)) if self.model.cross else None,
+        )  # fmt: skip
+        z = jnp.zeros((1, 1, d))
+        return self.model.init(key, z, jnp.zeros(1), condition, jnp.zeros((1, d)))["params"]
+
+    def denoiser(self, params: PyTree, condition: Condition, anchor: Array) -> edm.Denoiser:
+        """D(z; σ | condition) in diffusion coordinates."""
+
+        def network(z, noise):
+            return self.model.apply({"params": params}, z, noise, condition, anchor)
+
+        return edm.denoiser(network)
+
+    def loss(self, params: PyTree, space: edm.Space, batch: Batch, draw: Draw) -> Terms:
+        """EDM denoising loss per coordinate of the target set: λ(σ) ‖D - z₀‖² / (K D), f32[B]."""
+        keys = jax.vmap(lambda k: jax.random.split(k))(draw.key)  # [B, 2]
+        dropped = jax.vmap(jax.random.uniform)(keys[:, 0]) < self.drop_domain
+        condition = batch.condition.replace(
+            domain=jnp.where(dropped, self.model.domains, batch.condition.domain)
+        )
+        anchor = space.anchor(condition)
+        clean = space.encode(batch.target, anchor)
+        sigma = edm.noise_level(draw.uniform, self.noise)
+        noise = edm.gaussian_noise(keys[:, 1], clean.shape[1:])
+        error = edm.denoising_error(self.denoiser(params, condition, anchor), clean, sigma, noise)
+        return Terms(error / math.prod(clean.shape[1:]), batch.weight)
+
+    def query(self, params: PyTree, space: edm.Space, condition: Condition, rows: int = 1) -> Array:
+        """The one-call query D(0; σ_max), unit-norm f32[B, rows, D]: the posterior mean under `loss`."""
+        anchor = space.anchor(condition)
+        z = jnp.zeros((len(anchor), rows, self.model.embedding))
+        denoise = self.denoiser(params, condition, anchor)
+        return space.decode(sampler.posterior_mean(denoise, z), anchor)
+
+    def regression_loss(self, params: PyTree, space: edm.Space, batch: Batch, draw: Draw) -> Terms:
+        """The same network without diffusion: ‖D(0; σ_max) - z₀‖² / (K D), an ordinary regressor."""
+        anchor = space.anchor(batch.condition)
+        clean = space.encode(batch.target, anchor)
+        denoise = self.denoiser(params, batch.condition, anchor)
+        error = sampler.posterior_mean(denoise, jnp.zeros_like(clean)) - clean
+        return Terms(jnp.mean(error**2, axis=(1, 2)), batch.weight)
+
+    @functools.partial(jax.jit, static_argnames=("self", "method", "steps", "rows"))
+    def generate(
+        self,
+        params: PyTree,
+        space: edm.Space,
+        condition: Condition,
+        key: Array,
+        guidance: Array | float | None = None,
+        *,
+        method: Method = "posterior_mean",
+        steps: int = 18,
+        rows: int = 1,
+    ) -> Array:
+        """Queries, unit-norm f32[B, rows, D].
+
+        key: key[B], one per context. guidance: w of `sampler.guide` between the domain asked for and the
+        null domain, scalar or f32[B]; None spares the second network call. steps: of the
+        schedule; `sampler` says how many network calls they cost.
+        """
+        anchor = space.anchor(condition)
+        denoise = self.denoiser(params, condition, anchor)
+        if guidance is not None:
+            # The null branch keeps the anchor, so that both denoise in the same coordinates.
+            null = condition.replace(domain=jnp.full_like(condition.domain, self.model.domains))
+            denoise = sampler.guide(denoise, self.denoiser(params, null, anchor), guidance)
+        shape = (rows, self.model.embedding)
+        if method == "posterior_mean":
+            z = sampler.posterior_mean(denoise, jnp.zeros((len(anchor), *shape)))
+        else:
+            sigmas = sampler.schedule(steps)
+            z = sigmas[0] * edm.gaussian_noise(key, shape)
+            if method == "euler_maruyama":
+                keys = jax.vmap(lambda k: jax.random.fold_in(k, 1))(key)
+                z = sampler.euler_maruyama(denoise, z, sigmas, keys)
+            elif method in ("heun", "euler", "exponential"):
+                z = getattr(sampler, method)(denoise, z, sigmas)
+            else:
+                raise InputError("method", f"unknown sampler {method!r}", "see sampler.py for the names")
+        return space.decode(z, anchor)

@@ -1,0 +1,86 @@
+"""Is the metric predictor any good where it is used: at ordering items inside a pattern (papers' A.3)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from genret.catalogue.format import Catalogue
+from genret.catalogue.splits import Splits
+from genret.modit.density import knn_density
+from genret.modit.fitting import Fitted
+from genret.modit.protocol import SPLITS
+from genret.retrieval.index import Index
+
+
+def true_density(catalogue: Catalogue, items: np.ndarray, index: Index, k: int) -> np.ndarray:
+    """ρ_m(i) = Attribute@K(e_i) f32[M, n] of catalogue rows i32[n] over the full corpus, itself left out.
+
+    Unknown labels leave the denominator; an item whose neighbours are all unknown is NaN.
+    """
+    ids, _ = index.search(np.asarray(catalogue.embeddings[items]), k + 1)
+    itself = ids == items[:, None]
+    itself[:, -1] |= ~itself.any(1)
+    found = catalogue.labels[:, ids[~itself].reshape(len(items), k)]
+    known = (found >= 0).sum(-1)
+    return np.where(known > 0, (found == 1).sum(-1) / np.maximum(known, 1), np.nan)
+
+
+def within_pattern(
+    predicted: np.ndarray, truth: np.ndarray, pattern: np.ndarray, least: int = 5
+) -> dict[str, float]:
+    """Spearman, Kendall (τ-b) and NDCG of predicted against true density f32[n], inside each pattern and
+    averaged over the patterns with `least` items and two or more distinct densities."""
+    from scipy.stats import kendalltau, spearmanr
+    from sklearn.metrics import ndcg_score
+
+    scores = []
+    for p in np.unique(pattern):
+        here = (pattern == p) & np.isfinite(truth)
+        y, f = truth[here], predicted[here]
+        if len(y) >= least and np.ptp(y) > 0 and np.ptp(f) > 0:
+            scores.append((spearmanr(f, y)[0], kendalltau(f, y)[0], ndcg_score(y[None], f[None])))
+    names = ("spearman", "kendall", "ndcg")
+    values = np.mean(scores, axis=0) if scores else np.full(3, np.nan)
+    return {n: round(float(v), 4) for n, v in zip(names, values, strict=True)} | {"patterns": len(scores)}
+
+
+def calibration_error(predicted: np.ndarray, truth: np.ndarray, bins: int = 10) -> float:
+    """Mean over equally filled bins of |mean predicted - mean true density|."""
+    known = np.isfinite(truth)
+    order = np.argsort(predicted[known])
+    parts = zip(
+        np.array_split(predicted[known][order], bins), np.array_split(truth[known][order], bins),
+        strict=True,
+    )  # fmt: skip
+    return round(float(np.mean([abs(f.mean() - y.mean()) for f, y in parts if len(f)])), 4)
+
+
+def predictor_report(
+    catalogue: Catalogue, splits: Splits, fitted: Fitted, index: Index, k: int
+) -> list[dict[str, Any]]:
+    """One row per (predictor, domain, split) on the test holdouts, whose labels nothing was fitted on.
+
+    Predictors: the MLP, the mean of the 10 nearest probes, and the linear probe on item labels (a
+    direction, not a density, so it has no calibration).
+    """
+    rows = []
+    for split in SPLITS:
+        holdout = splits.holdout(split, "test")
+        items = np.flatnonzero(holdout.items & np.isin(catalogue.patterns, holdout.patterns))
+        x, pattern = np.asarray(catalogue.embeddings[items]), catalogue.patterns[items]
+        truth = true_density(catalogue, items, index, k)
+        predictors = {
+            "metric predictor (MLP)": fitted.predicted[:, items],
+            "kNN of the probes": knn_density(catalogue, fitted.labels, x),
+            "linear probe": fitted.normals @ x.T + fitted.intercepts[:, None],
+        }
+        for name, predicted in predictors.items():
+            for m, domain in enumerate(catalogue.attribute_names):
+                row = {"predictor": name, "domain": domain, "split": split, "items": len(items)}
+                row |= within_pattern(predicted[m], truth[m], pattern)
+                is_density = name != "linear probe"
+                row["calibration"] = calibration_error(predicted[m], truth[m]) if is_density else None
+                rows.append(row)
+    return rows

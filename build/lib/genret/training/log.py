@@ -1,0 +1,97 @@
+"""What a run says: one line per log step for people, JSON lines and TensorBoard for machines."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import jax
+
+# Dense bf16 peak, FLOP/s per chip, from the vendors' data sheets; MFU is printed where the chip is known.
+PEAK_FLOPS = {
+    "NVIDIA A100": 3.12e14,
+    "NVIDIA H100": 9.89e14,
+    "NVIDIA H200": 9.89e14,
+    "TPU v4": 2.75e14,
+    "TPU v5 lite": 1.97e14,
+    "TPU v5e": 1.97e14,
+    "TPU v5": 4.59e14,
+    "TPU v6 lite": 9.18e14,
+}
+
+
+def peak_flops() -> float | None:
+    """Peak of all devices together, or None for a device that is not in the table (a CPU)."""
+    kind = jax.devices()[0].device_kind
+    match = [v for k, v in PEAK_FLOPS.items() if kind.startswith(k)]
+    return match[0] * jax.device_count() if match else None
+
+
+def duration(seconds: float) -> str:
+    """'1:02:03' or '2:03'."""
+    minutes, s = divmod(int(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+
+
+class Progress:
+    """A bar on a terminal, plain lines otherwise: one in `apart` seconds at most, and the last."""
+
+    def __init__(self, name: str, total: int, start: int = 0, *, apart: float = 0.0):
+        self.name, self.total, self.start, self.apart = name, total, start, apart
+        self.began, self.bar = time.monotonic(), sys.stderr.isatty()
+        self.said = -apart
+
+    def __call__(self, done: int, text: str = "") -> None:
+        """Say that `done` of `total` are finished."""
+        spent = time.monotonic() - self.began
+        eta = spent / max(done - self.start, 1) * (self.total - done)
+        line = f"{self.name} {done}/{self.total} {text} eta {duration(eta)}"
+        if not self.bar:
+            if spent - self.said >= self.apart or done >= self.total:
+                self.said = spent
+                print(line, flush=True)
+            return
+        filled = round(24 * done / max(self.total, 1))
+        end = "\n" if done >= self.total else ""
+        print(f"\r\x1b[K[{'#' * filled:<24}] {line}", end=end, file=sys.stderr, flush=True)
+
+
+class MetricLog:
+    """Appends rows to `folder`/metrics.jsonl and TensorBoard. Only process 0 writes.
+
+    Rows at or after `start` are dropped first: a killed run repeats the steps since its checkpoint.
+    """
+
+    def __init__(self, folder: Path, start: int):
+        self.writer = None
+        if jax.process_index():
+            return
+        from tensorboardX import (
+            SummaryWriter,
+        )  # imported late: it is slow and evaluation has no use for it
+
+        self.path = folder / "metrics.jsonl"
+        if self.path.exists():
+            rows = self.path.read_text().splitlines(keepends=True)
+            kept = [r for r in rows if r.endswith("\n") and json.loads(r)["step"] <= start]
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(kept))
+            os.replace(temporary, self.path)
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1, flush_secs=10)
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """One row; values are plain floats."""
+        if self.writer is None:
+            return
+        with self.path.open("a") as f:
+            f.write(json.dumps({"step": step, **metrics}) + "\n")
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()

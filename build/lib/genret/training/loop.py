@@ -1,0 +1,230 @@
+"""`fit`: the one trainer. Every stage of both papers goes through it."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from jax.sharding import Mesh, NamedSharding
+
+from genret.training import mesh as meshes
+from genret.training.checkpoint import Checkpoints, abstract_like
+from genret.training.log import MetricLog, Progress, peak_flops
+from genret.training.optimizer import make_optimizer
+from genret.training.stage import Stage
+from genret.types import Array, Draw, InputError, PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class FitOptions:
+    """Durations are in optimiser steps.
+
+    microbatches: gradient accumulation; the result does not depend on it. ema_decay is reached through
+    min(decay, (1 + step) / (10 + step)), so short runs are not dominated by their start.
+    """
+
+    steps: int
+    learning_rate: float = 3e-4
+    warmup: int = 100
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    ema_decay: float = 0.999
+    microbatches: int = 1
+    log_every: int = 50
+    save_every: int = 1000
+    keep: int = 3
+    seed: int = 0
+
+
+@struct.dataclass
+class TrainState:
+    """step: i32[]. params, ema: float32 trees of the same structure. opt_state: optax state."""
+
+    step: Array
+    params: PyTree
+    ema: PyTree
+    opt_state: PyTree
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss left the finite numbers; the message names the step and the last good checkpoint."""
+
+
+def draw_for(seed: int, step: Array, batch: int) -> Draw:
+    """The randomness of one step: `split(fold_in(key(seed), step), B)` and stratified uniforms."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    offset = jax.random.uniform(jax.random.fold_in(key, batch))
+    return Draw(jax.random.split(key, batch), (jnp.arange(batch) / batch + offset) % 1.0)
+
+
+def accumulate(stage: Stage, params: PyTree, frozen: PyTree, batch: PyTree, draw: Draw, parts: int):
+    """(gradient, metrics) of Σ w·l / Σ w over the whole batch, in `parts` strided microbatches."""
+
+    def objective(params, batch, draw):
+        terms = stage.loss(params, frozen, batch, draw)
+        w = jax.lax.stop_gradient(terms.weight)
+        sums = {k: jnp.sum(w * v) for k, v in {"loss": terms.loss, **terms.aux}.items()}
+        return sums["loss"], {**sums, "weight": jnp.sum(w)}
+
+    gradient = jax.grad(objective, has_aux=True)
+    if parts == 1:
+        total, sums = gradient(params, batch, draw)
+    else:
+        # Strided, so that every microbatch keeps rows on every batch shard.
+        split = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1), (batch, draw))
+
+        def body(carry, part):
+            return jax.tree.map(jnp.add, carry, gradient(params, *part)), None
+
+        first = jax.tree.map(lambda x: x[0], split)
+        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradient, params, *first))
+        (total, sums), _ = jax.lax.scan(body, zero, split)
+    weight = jnp.maximum(sums.pop("weight"), 1e-12)
+    return jax.tree.map(lambda g: g / weight, total), {k: v / weight for k, v in sums.items()}
+
+
+def make_step(stage: Stage, options: FitOptions, tx: optax.GradientTransformation):
+    """(state, frozen, batch) -> (state, metrics): the train step, to be jitted with shardings."""
+
+    def step(state: TrainState, frozen: PyTree, batch: PyTree):
+        size = jax.tree.leaves(batch)[0].shape[0]
+        draw = draw_for(options.seed, state.step, size)
+        grads, metrics = accumulate(stage, state.params, frozen, batch, draw, options.microbatches)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = jnp.minimum(options.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+        ema = jax.tree.map(lambda e, p: e * decay + p * (1 - decay), state.ema, params)
+        metrics |= {"grad_norm": optax.tree.norm(grads), "param_norm": optax.global_norm(params)}
+        return TrainState(state.step + 1, params, ema, opt_state), metrics
+
+    return step
+
+
+def fit(
+    stage: Stage,
+    workdir: Path | str,
+    options: FitOptions,
+    *,
+    mesh: Mesh | None = None,
+    init_from: PyTree | None = None,
+) -> TrainState:
+    """Train `stage` to `options.steps`, resuming from `workdir` if it holds a checkpoint.
+
+    init_from: parameters to start from instead of `stage.init` (the stage before, say); a checkpoint in
+    `workdir` goes before it. Returns the final state; a finished run returns at once.
+
+    Raises InputError for a batch that does not fit the mesh or microbatches, and for a checkpoint of
+    another model. NonFiniteLoss names the first bad step, whose checkpoint is never written.
+    """
+    workdir = Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    mesh = mesh or meshes.make_mesh()
+    tx = make_optimizer(
+        learning_rate=options.learning_rate, steps=options.steps, warmup=options.warmup,
+        weight_decay=options.weight_decay, clip=options.clip,
+    )  # fmt: skip
+
+    # 1. State: shapes, then shardings, then values; parameters are born sharded.
+    def init(params: PyTree) -> TrainState:
+        return TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params), tx.init(params))
+
+    key = jax.random.key(options.seed)
+    shapes = jax.eval_shape(lambda: init(stage.init(key)))
+    placed = meshes.shardings(shapes, mesh, stage.rules)
+    checkpoints = Checkpoints(workdir / "checkpoints", card=stage.card, keep=options.keep)
+    latest = checkpoints.latest()
+    if latest is not None:  # own checkpoint > init_from > scratch
+        state = checkpoints.restore(latest, abstract_like(shapes, placed))
+        print(f"{stage.name}: resumed at step {latest}", flush=True)
+    elif init_from is not None:
+        state = jax.jit(init, out_shardings=placed)(init_from)
+    else:
+        state = jax.jit(lambda: init(stage.init(key)), out_shardings=placed)()
+    start = int(state.step)
+    if start >= options.steps:
+        checkpoints.close()
+        return state
+
+    # 2. The step: compiled once for the shapes of the first batch, which is not drawn twice.
+    batch = stage.batch(start, state.params)
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    on_batch = meshes.batch_shardings(batch, mesh)
+    if (rows // options.microbatches) * options.microbatches != rows:
+        raise InputError(
+            "microbatches",
+            f"{options.microbatches} does not divide a batch of {rows}",
+            "use a divisor",
+        )
+    on_frozen = meshes.shardings(stage.frozen, mesh, stage.rules, strict=False)
+    frozen = meshes.place(stage.frozen, on_frozen)
+    scalar = NamedSharding(mesh, meshes.P())
+    step_fn = jax.jit(
+        make_step(stage, options, tx),
+        in_shardings=(placed, on_frozen, on_batch),
+        out_shardings=(placed, scalar),
+        donate_argnums=0,
+    )
+    flops = flops_per_step(stage, options, state.params, frozen, batch)
+    peak = peak_flops()
+
+    # Simulated CPU devices share one thread pool: programs that run ahead starve each other's collectives.
+    in_step = jax.default_backend() == "cpu" and mesh.size > 1
+
+    # 3. The loop. Order is fixed: batch of this step, step, log, save. Losses stay on the device
+    # between log lines, so the host runs ahead and prepares the next batch meanwhile.
+    log, progress = MetricLog(workdir, start), Progress(stage.name, options.steps, start)
+    pending: list[tuple[int, dict]] = []
+    clock, since = time.monotonic(), start
+    for step in range(start, options.steps):
+        if step > start:
+            batch = stage.batch(step, state.params)
+        state, metrics = step_fn(state, frozen, meshes.place(batch, on_batch))
+        pending.append((step + 1, jax.block_until_ready(metrics) if in_step else metrics))
+        last = step + 1 == options.steps
+        saving = last or (step + 1) % options.save_every == 0
+        if saving or (step + 1) % options.log_every == 0:
+            fetched = [(s, jax.device_get(m)) for s, m in pending]
+            _stop_if_not_finite(stage.name, fetched, checkpoints.latest())
+            seconds = (time.monotonic() - clock) / (step + 1 - since)
+            row = {k: float(np.mean([m[k] for _, m in fetched])) for k in fetched[0][1]}
+            row |= {"steps_per_s": 1 / seconds, "examples_per_s": rows / seconds}
+            row |= {"flop_per_s": flops / seconds} | ({"mfu": flops / seconds / peak} if peak else {})
+            log.write(step + 1, row)
+            mfu = f" mfu {row['mfu']:.1%}" if peak else ""
+            text = f"loss {row['loss']:.4f} {1 / seconds:.2f} steps/s {rows / seconds:.0f} ex/s"
+            progress(step + 1, f"{text} {flops / seconds / 1e9:.1f} GFLOP/s{mfu}")
+            pending, clock, since = [], time.monotonic(), step + 1
+        if saving:
+            checkpoints.save(step + 1, state)
+    checkpoints.close()
+    log.close()
+    return state
+
+
+def flops_per_step(stage: Stage, options: FitOptions, params: PyTree, frozen: PyTree, batch: PyTree) -> float:
+    """FLOPs of the forward and backward pass over one whole batch, as XLA counts them before fusion.
+
+    Optimiser arithmetic is left out (a few FLOPs per parameter). Nothing is compiled.
+    """
+    whole = lambda p, f, b: accumulate(  # noqa: E731
+        stage, p, f, b, draw_for(options.seed, jnp.int32(0), jax.tree.leaves(b)[0].shape[0]), 1
+    )
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, frozen, batch))
+    cost = jax.jit(whole).lower(*shapes).cost_analysis() or {}
+    return float(cost.get("flops", 0.0))
+
+
+def _stop_if_not_finite(name: str, fetched: list[tuple[int, dict]], latest: int | None) -> None:
+    for step, metrics in fetched:
+        bad = [k for k, v in metrics.items() if not np.isfinite(v)]
+        if bad:
+            where = f"restart from step {latest}" if latest is not None else "no checkpoint yet"
+            raise NonFiniteLoss(
+                f"{name}: {bad[0]} is not finite at step {step} ({where}); lower the learning rate"
+            )

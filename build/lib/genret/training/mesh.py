@@ -1,0 +1,87 @@
+"""The device mesh, and ordered rules from parameter paths to shardings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from genret.types import InputError, PyTree
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))
+
+
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A (data, fsdp, tensor) mesh over all devices; one axis may be -1 and takes what is left.
+
+    Axes are Auto: the default since jax 0.10 is Explicit, under which ordinary sharded code fails.
+    """
+    shape, count = [data, fsdp, tensor], len(devices) if devices else jax.device_count()
+    if shape.count(-1) == 1:
+        shape[shape.index(-1)] = count // -int(np.prod(shape))
+    if int(np.prod(shape)) != count or min(shape) < 1:
+        raise InputError(
+            "mesh", f"data {data} x fsdp {fsdp} x tensor {tensor} does not cover {count} devices",
+            "make the product equal the device count, or leave one axis at -1",
+        )  # fmt: skip
+    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def path_name(path: tuple) -> str:
+    """'block_0/qkv/kernel' for a pytree path."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def shardings(tree: PyTree, mesh: Mesh, rules: Sequence[tuple[str, P]], *, strict: bool = True) -> PyTree:
+    """NamedShardings for a pytree of arrays or ShapeDtypeStructs: the first matching rule decides.
+
+    Scalars are replicated; an axis that does not divide its dimension is dropped from the spec. A leaf
+    that no rule matches raises InputError, or is replicated when `strict` is False (frozen inputs).
+    """
+
+    def one(path, leaf):
+        name = path_name(path)
+        if leaf.ndim == 0:
+            return NamedSharding(mesh, P())
+        for pattern, spec in rules:
+            if re.search(pattern, name):
+                return NamedSharding(mesh, _fit(spec, leaf.shape, mesh))
+        if strict:
+            raise InputError("rules", f"no sharding rule matches {name}", "add one beside the model")
+        return NamedSharding(mesh, P())
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def _fit(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
+    axes = [a if a and n % mesh.shape[a] == 0 else None for a, n in zip(spec, shape, strict=False)]
+    return P(*axes)
+
+
+def place(tree: PyTree, target: PyTree) -> PyTree:
+    """Host arrays onto the mesh; every process passes the same global arrays and copies its own rows."""
+
+    def one(x, s):
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, s, lambda index: x[index])
+
+    return jax.tree.map(one, tree, target)
+
+
+def batch_shardings(batch: PyTree, mesh: Mesh) -> PyTree:
+    """The leading axis of every leaf over (data, fsdp); raises InputError if it does not divide."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        if leaf.shape[0] % parts:
+            raise InputError(
+                "batch_size", f"{path_name(path)} has {leaf.shape[0]} rows for {parts} batch shards",
+                f"use a multiple of {parts}",
+            )  # fmt: skip
+    return jax.tree.map(lambda _: NamedSharding(mesh, BATCH), batch)

@@ -1,0 +1,72 @@
+"""What is in a run's folder, and how it is written: whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from genret.catalogue.format import Catalogue
+from genret.types import InputError
+
+
+def write_text(path: Path, text: str) -> None:
+    """The whole text or the old file: written beside `path` and moved into place."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a results file; a last line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """All of `rows` or none."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in read_rows(path) + rows))
+
+
+def same_run(config: ConfigDict, catalogue: Catalogue, workdir: Path) -> None:
+    """Note config and catalogue in `workdir`, or raise InputError if it holds a run of others.
+
+    Seeds may join a run, and where it runs (mesh, folder of the data) may change.
+    """
+    new = json.loads(config.to_json_best_effort())
+    new["catalogue_digest"] = _digest(catalogue)
+    path = workdir / "config.json"
+    workdir.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        try:
+            old = json.loads(path.read_text())
+        except json.JSONDecodeError:
+            raise InputError("--workdir", f"{path} is not JSON", "choose another --workdir") from None
+        for name in sorted(old.keys() | new.keys()):
+            if _what(old, name) != _what(new, name):
+                problem = f"{workdir} holds a run with another {name.replace('_', ' ')}"
+                raise InputError("--workdir", problem, "choose another --workdir")
+        new["seeds"] = sorted({*old["seeds"], *new["seeds"]})
+    write_text(path, json.dumps(new, indent=1, sort_keys=True))
+
+
+def _what(config: dict[str, Any], name: str) -> Any:
+    if name in ("seeds", "mesh"):
+        return None
+    value = config.get(name)
+    return {k: v for k, v in value.items() if k != "folder"} if name == "catalogue" else value
+
+
+def _digest(catalogue: Catalogue) -> int:
+    """CRC of everything that training or evaluation reads."""
+    code = 0
+    for array in (catalogue.embeddings, catalogue.labels, catalogue.patterns, catalogue.groups):
+        for start in range(0, len(array), 65536):
+            code = zlib.crc32(np.ascontiguousarray(array[start : start + 65536]), code)
+    return zlib.crc32(catalogue.assigned.tobytes(), code)
