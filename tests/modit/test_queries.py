@@ -13,6 +13,7 @@ from genret.diffusion.retriever import Retriever
 from genret.modit import queries as qs
 from genret.modit.baselines import seed_mean
 from genret.modit.protocol import Contexts
+from genret.modit.trajectories import sort_by_density
 from genret.types import Condition, InputError
 
 
@@ -20,7 +21,7 @@ from genret.types import Condition, InputError
 def contexts(test_contexts):
     """A dozen real questions of both splits and all domains, some with fewer seeds than places."""
     short = (test_contexts.seeds < 0).any(1)
-    some = test_contexts.take(np.r_[np.flatnonzero(short)[:4], np.flatnonzero(~short)[::10][:8]])
+    some = test_contexts.take(np.r_[np.flatnonzero(short)[:4], np.flatnonzero(~short)[::4][:8]])
     assert len(some) == 12
     return some
 
@@ -91,7 +92,8 @@ def test_guidance(model, contexts):
     assert np.abs(w1 - query).max() > 1e-2 and np.abs(w2 - w1).max() > 1e-2
     # v(w) = (1 + w) v(domain) - w v(null) up to length: in the plane of the two, and the ratio of
     # its coefficients, -w / (1 + w) times a constant, is 4/3 as large at w = 2 as at w = 1.
-    blind = model.queries(contexts, 0.0, null=True)
+    ordered = sort_by_density(contexts.seeds, model.density, contexts.domain)
+    blind = model.queries(dataclasses.replace(contexts, seeds=ordered), 0.0, null=True)
     assert np.abs(blind - query).max() > 1e-2
     for q in range(12):
         plane = np.stack([query[q, 0], blind[q, 0]], 1).astype(np.float64)
@@ -100,9 +102,14 @@ def test_guidance(model, contexts):
         assert two[1] / two[0] == pytest.approx(4 / 3 * one[1] / one[0], rel=1e-2)
 
 
-def test_the_null_domain_is_asked_with_the_domains_own_order(model, contexts):
-    query = model.queries(contexts, 0.0, null=True)
+def test_the_null_domain_is_asked_in_the_order_given(model, contexts):
+    ordered = sort_by_density(contexts.seeds, model.density, contexts.domain)
+    query = model.queries(dataclasses.replace(contexts, seeds=ordered), 0.0, null=True)
     np.testing.assert_allclose(query[5:6], alone(model, contexts, 5, domain=4), atol=1e-4)
+    as_given = model.queries(contexts, 0.0, null=True)
+    # No attribute is known to such a model, so no domain's density may order its seeds.
+    other = model.queries(dataclasses.replace(contexts, domain=(contexts.domain + 1) % 4), null=True)
+    np.testing.assert_array_equal(as_given, other)
 
 
 def test_roll_out_appends_the_query(untrained, contexts):
@@ -130,17 +137,21 @@ def test_roll_out_puts_the_query_right_after_the_seeds(model, contexts):
 def test_the_lines_of_the_table(model, untrained, contexts):
     stages = {"pretrain": model, "cpt": untrained, "sft": model}
     floor = {(0, 0): 0.5}
-    lines = qs.model_methods(stages, model, samples=3, guidance=(0.0, 2.0), floor=floor, seed=5)
+    lines = qs.model_methods(
+        stages, model, samples=3, reaches=(1.0, 0.5), guidance=(2.0,), floor=floor, seed=5
+    )
     by = {m.name.strip(): m for m in lines}
     assert len(by) == len(lines)
-    chosen = by["MO-DiT"]  # validation picks among trained stages and guidances, never pretraining
-    assert set(chosen.grid) == {(s, w) for s in ("cpt", "sft") for w in (0.0, 2.0)}
+    chosen = by["MO-DiT"]  # validation picks among trained stages, never pretraining
+    pairs = [(0.0, 1.0), (0.0, 0.5), (2.0, 1.0)]
+    assert set(chosen.grid) == {(s, *pair) for s in ("cpt", "sft") for pair in pairs}
     assert chosen.floor == floor
-    assert [chosen.calls((s, w)) for s, w in (("sft", 0.0), ("sft", 2.0))] == [1, 2]
-    for setting in chosen.grid:
-        np.testing.assert_array_equal(
-            chosen.run(contexts, setting), stages[setting[0]].queries(contexts, setting[1])
-        )
+    assert [chosen.calls(s) for s in (("sft", 0.0, 0.5), ("sft", 2.0, 1.0))] == [1, 2]
+    mean = seed_mean(model.embeddings, contexts)[:, None]
+    for stage, w, r in chosen.grid:
+        expected = mean + r * (stages[stage].queries(contexts, w) - mean)
+        expected /= np.linalg.norm(expected, axis=-1, keepdims=True)
+        np.testing.assert_allclose(chosen.run(contexts, (stage, w, r)), expected, atol=1e-6)
     pretrained = by["plain pretrained DiT"]
     assert pretrained.uses == "nothing"
     np.testing.assert_array_equal(  # it has seen no attribute, so it is asked for none
