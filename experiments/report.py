@@ -302,6 +302,12 @@ def main(workdir: Path) -> None:
     """Print the report of a run and write its page."""
     r = read_results(workdir / "results.jsonl")
     print(text_report(r))
+    predictors = report_page.predictor_rows(workdir)
+    if predictors:
+        names = ("density predictor", "split", "attribute", *report_page.AGREEMENT)
+        print("\nwithin patterns, on test items:")
+        for row in (names, *predictors):
+            print("  " + "".join(f"{x:<{w}}" for x, w in zip(row, (26, 17, 16, 10, 9, 7, 11), strict=True)))
     page = report_page.write(workdir, r, make_table(r), protocol_line(r), verdicts(r), intervals(r))
     print(f"\n{page}")
 

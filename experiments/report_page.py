@@ -141,19 +141,26 @@ def _table(head: str, rows: Iterable[str], look: str = "") -> str:
     )
 
 
-def predictor_table(workdir: Path) -> str:
-    """Validation of the density predictors, mean over domains and seeds; '' where there is none."""
-    groups: dict[tuple[str, str], list[list[float]]] = {}
+def predictor_rows(workdir: Path) -> list[tuple[str, ...]]:
+    """(predictor, split, domain, *AGREEMENT) as text, mean over seeds; "-" where a predictor has none."""
+    groups: dict[tuple[str, str, str], list[list[float]]] = {}
     for path in sorted(workdir.glob("seed_*/predictor_report.json")):
         for row in json.loads(path.read_text()):
-            key = row["predictor"], row["split"].replace("_", " ")
-            groups.setdefault(key, []).append([row[m] for m in AGREEMENT])
-    rows = []
-    for key, values in groups.items():
-        means = np.nanmean(np.array(values, float), axis=0)
-        numbers = "".join(f"<td>{short(x)}</td>" for x in means)
-        rows.append(f"<tr>{''.join(map(_left, key))}{numbers}</tr>")
-    return _table(_head(["predictor", "split"], AGREEMENT), rows) if rows else ""
+            key = row["predictor"], row["split"].replace("_", " "), row["domain"]
+            groups.setdefault(key, []).append([np.nan if row[m] is None else row[m] for m in AGREEMENT])
+    return [
+        (*key, *("-" if np.isnan(x) else short(x) for x in np.mean(values, axis=0)))
+        for key, values in sorted(groups.items(), key=lambda item: item[0][1:])
+    ]
+
+
+def predictor_table(workdir: Path) -> str:
+    """The same as a table; '' where there is none."""
+    rows = [
+        f"<tr>{''.join(map(_left, row[:3]))}{''.join(f'<td>{x}</td>' for x in row[3:])}</tr>"
+        for row in predictor_rows(workdir)
+    ]
+    return _table(_head(["predictor", "split", "attribute"], AGREEMENT), rows) if rows else ""
 
 
 def render(
@@ -207,7 +214,8 @@ def render(
     )
     section(
         "Density predictors",
-        "Agreement with the probed densities within patterns, mean over domains and seeds.",
+        "Agreement with the true densities within patterns, on test items whose labels nothing was "
+        "fitted on; mean over seeds.",
         predictor_table(workdir),
     )
     config = workdir / "config.json"

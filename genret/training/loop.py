@@ -100,7 +100,7 @@ def make_step(stage: Stage, options: FitOptions, tx: optax.GradientTransformatio
         params = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(options.ema_decay, (1.0 + state.step) / (10.0 + state.step))
         ema = jax.tree.map(lambda e, p: e * decay + p * (1 - decay), state.ema, params)
-        metrics |= {"grad_norm": optax.tree.norm(grads), "param_norm": optax.global_norm(params)}
+        metrics |= {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 
     return step
