@@ -210,7 +210,7 @@ def scann_index(
     (means of unrelated items need half of the leaves):
 
     num_leaves: 0 for no tree. leaves_to_search: half of them.
-    reorder: candidates rescored exactly, max(2000, 100 k); 0 scores every item searched exactly.
+    reorder: candidates rescored exactly, max(4000, 150 k); 0 scores every item searched exactly.
 
     Raises InputError where ScaNN is not installed, or if the embeddings are not a finite matrix.
     """
@@ -227,7 +227,7 @@ def scann_index(
         num_leaves = round(math.sqrt(n)) if n >= 100_000 else 0
     leaves = math.ceil(num_leaves / 2) if leaves_to_search is None else leaves_to_search
     if reorder is None:
-        reorder = max(2000, 100 * k) if n >= 20_000 else 0
+        reorder = max(4000, 150 * k) if n >= 20_000 else 0
     builder = scann.scann_ops_pybind.builder(embeddings, k, "dot_product")
     if num_leaves:
         builder.tree(num_leaves, leaves, training_sample_size=min(n, 250_000))
