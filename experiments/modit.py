@@ -106,6 +106,7 @@ class Run:
         model = make_dit(
             c.model.size, embedding=self.catalogue.width, domains=self.catalogue.num_domains,
             max_context=max(c.length - 1, c.evaluation.seeds + 2), dtype=jnp.dtype(c.model.dtype),
+            attention=c.model.attention or None,
         )  # fmt: skip
         return Retriever(model, c.model.noise, c.model.drop_domain)
 

@@ -57,6 +57,7 @@ class Block(nn.Module):
     heads: int
     cross: bool
     dtype: Any
+    attention: str | None
 
     @nn.compact
     def __call__(self, x: Array, c: Array, mask: Array, memory: Array | None) -> Array:
@@ -78,12 +79,12 @@ class Block(nn.Module):
             return (_norm(x) * (1 + scale) + shift).astype(self.dtype)
 
         q, k, v = split(dense(3 * self.width, "qkv")(modulated(0)), 3)
-        h = jax.nn.dot_product_attention(q, k, v, mask=mask)
+        h = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=self.attention)
         x = x + parts[2] * dense(self.width, "attention_out")(h.reshape(*x.shape))
         if self.cross:
             (q,) = split(dense(self.width, "query")(modulated(1)), 1)
             k, v = split(dense(2 * self.width, "memory_kv")(memory.astype(self.dtype)), 2)
-            h = jax.nn.dot_product_attention(q, k, v)
+            h = jax.nn.dot_product_attention(q, k, v, implementation=self.attention)
             x = x + parts[5] * dense(self.width, "memory_out")(h.reshape(*x.shape))
         h = nn.gelu(dense(4 * self.width, "mlp_in")(modulated(branches - 1)))
         return x + parts[-1] * dense(self.width, "mlp_out")(h)
@@ -94,7 +95,8 @@ class DiT(nn.Module):
 
     width, depth, heads: transformer size (see SIZES). embedding: D. domains: M (the null domain M is
     added). max_context: longest context S. cross: read `condition.memory` by cross-attention.
-    dtype: of the matmuls; norms, residual stream and parameters stay float32.
+    dtype: of the matmuls; norms, residual stream and parameters stay float32. attention: implementation
+    of `jax.nn.dot_product_attention`: None lets JAX choose, "cudnn" asks for the fused GPU kernel (bfloat16).
     """
 
     width: int
@@ -105,6 +107,7 @@ class DiT(nn.Module):
     max_context: int
     cross: bool = False
     dtype: Any = jnp.float32
+    attention: str | None = None
 
     @nn.compact
     def __call__(self, z: Array, noise: Array, condition: Condition, anchor: Array) -> Array:
@@ -145,7 +148,7 @@ class DiT(nn.Module):
         c = nn.Dense(self.width, name="noise_in")(_fourier(noise))
         c = nn.Dense(self.width, name="noise_out")(nn.silu(c)) + domain
         for i in range(self.depth):
-            block = Block(self.width, self.heads, self.cross, self.dtype, name=f"block_{i}")
+            block = Block(self.width, self.heads, self.cross, self.dtype, self.attention, name=f"block_{i}")
             tokens = block(tokens, c, mask, condition.memory)
 
         shift, scale = jnp.split(
