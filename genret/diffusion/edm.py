@@ -127,13 +127,18 @@ def denoiser(network: Callable[[Array, Array], Array]) -> Denoiser:
     return denoise
 
 
-def denoising_error(denoise: Denoiser, clean: Array, sigma: Array, noise: Array) -> Array:
-    """λ(σ) ‖D(z₀ + σ ε; σ) - z₀‖², summed over the set and its coordinates: f32[B].
+def denoising_residual(denoise: Denoiser, clean: Array, sigma: Array, noise: Array) -> Array:
+    """√λ(σ) (D(z₀ + σ ε; σ) - z₀), f32[B, K, D].
 
-    clean, noise: f32[B, K, D]; sigma: f32[B]. Every loss of the package is built on this number.
+    clean, noise: f32[B, K, D]; sigma: f32[B]. Every loss of the package is built on this difference.
     """
-    error = denoise(clean + sigma[:, None, None] * noise, sigma) - clean
-    return loss_weight(sigma) * jnp.sum(error.astype(jnp.float32) ** 2, axis=(1, 2))
+    residual = (denoise(clean + sigma[:, None, None] * noise, sigma) - clean).astype(jnp.float32)
+    return jnp.sqrt(loss_weight(sigma))[:, None, None] * residual
+
+
+def denoising_error(denoise: Denoiser, clean: Array, sigma: Array, noise: Array) -> Array:
+    """λ(σ) ‖D(z₀ + σ ε; σ) - z₀‖², summed over the set and its coordinates: f32[B]."""
+    return jnp.sum(denoising_residual(denoise, clean, sigma, noise) ** 2, axis=(1, 2))
 
 
 def gaussian_noise(key: Array, shape: tuple[int, int]) -> Array:
