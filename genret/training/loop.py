@@ -89,13 +89,18 @@ def accumulate(stage: Stage, params: PyTree, frozen: PyTree, batch: PyTree, draw
     return jax.tree.map(lambda g: g / weight, total), {k: v / weight for k, v in sums.items()}
 
 
-def make_step(stage: Stage, options: FitOptions, tx: optax.GradientTransformation):
-    """(state, frozen, batch) -> (state, metrics): the train step, to be jitted with shardings."""
+def make_step(stage: Stage, options: FitOptions, tx: optax.GradientTransformation, gathered: PyTree):
+    """(state, frozen, batch) -> (state, metrics): the train step, to be jitted with shardings.
+
+    gathered: shardings of the parameters as the loss reads them, without the fsdp axis.
+    """
 
     def step(state: TrainState, frozen: PyTree, batch: PyTree):
         size = jax.tree.leaves(batch)[0].shape[0]
         draw = draw_for(options.seed, state.step, size)
-        grads, metrics = accumulate(stage, state.params, frozen, batch, draw, options.microbatches)
+        # Left to itself, XLA's partitioner returns wrong gradients where all three axes exceed 1.
+        params = jax.lax.with_sharding_constraint(state.params, gathered)
+        grads, metrics = accumulate(stage, params, frozen, batch, draw, options.microbatches)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(options.ema_decay, (1.0 + state.step) / (10.0 + state.step))
@@ -165,7 +170,7 @@ def fit(
     frozen = meshes.place(stage.frozen, on_frozen)
     scalar = NamedSharding(mesh, meshes.P())
     step_fn = jax.jit(
-        make_step(stage, options, tx),
+        make_step(stage, options, tx, meshes.gathered(placed.params)),
         in_shardings=(placed, on_frozen, on_batch),
         out_shardings=(placed, scalar),
         donate_argnums=0,

@@ -65,6 +65,15 @@ def _fit(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
     return P(*axes)
 
 
+def gathered(tree: PyTree) -> PyTree:
+    """NamedShardings with the fsdp axis taken out: whole along it, as a forward pass needs them."""
+
+    def one(s: NamedSharding) -> NamedSharding:
+        return NamedSharding(s.mesh, P(*(None if a == "fsdp" else a for a in s.spec)))
+
+    return jax.tree.map(one, tree)
+
+
 def place(tree: PyTree, target: PyTree) -> PyTree:
     """Host arrays onto the mesh; every process passes the same global arrays and copies its own rows."""
 
