@@ -90,7 +90,9 @@ class ExactIndex:
             # Powers of two, so that only a handful of shapes ever compile.
             size = min(self.query_block, max(MIN_QUERIES, 1 << (len(block) - 1).bit_length()))
             padded = np.pad(block, ((0, size - len(block)), (0, 0)))
-            best = _search(padded, self.rows, k=k, num_items=self.num_items, block=self.block, mesh=self.mesh)
+            best = search_rows(
+                padded, self.rows, k=k, num_items=self.num_items, block=self.block, mesh=self.mesh
+            )
             # Fetched before the next dispatch: collectives in flight together deadlock on CPU.
             here = slice(start, start + len(block))
             ids[here], scores[here] = (np.asarray(x)[: len(block)] for x in best)
@@ -98,7 +100,7 @@ class ExactIndex:
 
 
 @partial(jax.jit, static_argnames=("k", "num_items", "block", "mesh"))
-def _search(
+def search_rows(
     queries: Array, rows: Array, *, k: int, num_items: int, block: int, mesh: Mesh
 ) -> tuple[Array, Array]:
     """queries f32[q, D], rows f32[devices * n, D] sharded -> ids i32[q, k], scores f32[q, k]."""

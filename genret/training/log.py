@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 # Dense bf16 peak, FLOP/s per chip, from the vendors' data sheets; MFU is printed where the chip is known.
 PEAK_FLOPS = {
@@ -28,6 +30,21 @@ def peak_flops() -> float | None:
     kind = jax.devices()[0].device_kind
     match = [v for k, v in PEAK_FLOPS.items() if kind.startswith(k)]
     return match[0] * jax.device_count() if match else None
+
+
+@functools.cache
+def matmul_flops(size: int = 2048) -> float:
+    """FLOP/s of a plain f32 [size, size] matmul on the default device, the best of three: what a fraction
+    is taken of where the data sheet gives no peak (a CPU), or none for f32."""
+    x = jnp.ones((size, size), jnp.float32)
+    multiply = jax.jit(lambda a: jnp.matmul(a, a, precision=jax.lax.Precision.HIGHEST))
+    multiply(x).block_until_ready()
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        multiply(x).block_until_ready()
+        seconds.append(time.perf_counter() - began)
+    return 2 * size**3 / min(seconds)
 
 
 def duration(seconds: float) -> str:

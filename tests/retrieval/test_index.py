@@ -124,7 +124,7 @@ def test_many_query_blocks_on_many_devices():
 def test_scores_of_all_pairs_never_exist():
     embeddings, queries = np.ones((100_000, 4), np.float32), np.ones((1024, 4), np.float32)
     index = ExactIndex(embeddings, corpus_block=4096)
-    compiled = index_module._search.lower(
+    compiled = index_module.search_rows.lower(
         queries, index.rows, k=10, num_items=100_000, block=index.block, mesh=index.mesh
     ).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * 1024 * 100_000 / 4

@@ -59,3 +59,11 @@ def test_peak_is_known_for_known_chips_only(monkeypatch, kind, peak):
     monkeypatch.setattr(log.jax, "devices", lambda: [Device()])
     monkeypatch.setattr(log.jax, "device_count", lambda: 1)
     assert log.peak_flops() == peak
+
+
+def test_matmul_flops_are_those_of_the_fastest_of_three(monkeypatch):
+    # Three products take 2, 1 and 4 seconds: 2 · 64³ multiplications and additions in the best of them.
+    clock = iter([0.0, 2.0, 2.0, 3.0, 3.0, 7.0])
+    monkeypatch.setattr(log.time, "perf_counter", lambda: next(clock))
+    assert log.matmul_flops.__wrapped__(64) == 2 * 64**3
+    assert not list(clock)
