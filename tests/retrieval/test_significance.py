@@ -1,13 +1,15 @@
-"""The bootstrap against scipy's, a normal interval, and how often it covers the truth."""
+"""The bootstrap against scipy's, a normal interval, how often it covers the truth, and Holm by hand."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
 from genret.retrieval.metrics import macro
-from genret.retrieval.significance import paired_bootstrap
+from genret.retrieval.significance import holm, paired_bootstrap, paired_test
 from genret.types import InputError
 
 
@@ -78,3 +80,95 @@ def test_blocks_do_not_change_the_draws():
 def test_refuses(difference, cluster, problem):
     with pytest.raises(InputError, match=problem):
         paired_bootstrap(np.array(difference), np.array(cluster))
+
+
+def test_p_by_hand():
+    # Every resample is above zero: p = 2 (1 + 0) / (1 + R), never 0. None is: no side has weight.
+    for sign in (1, -1):
+        assert paired_test(sign * np.full(5, 0.1), np.arange(5), resamples=99).p == 2 / 100
+    assert paired_test(np.zeros(5), np.arange(5), resamples=99) == (0, 0, 0, 1.0)
+    # Two patterns of opposite difference: a resample is below zero with chance 1/4, zero with 1/2.
+    assert paired_test(np.array([-0.1, 0.1]), np.arange(2)).p == 1.0
+    # -.1 and .3: below zero only if both draws are the first, chance 1/4, so p is about 1/2.
+    assert paired_test(np.array([-0.1, 0.3]), np.arange(2)).p == pytest.approx(0.5, abs=0.02)
+
+
+def test_p_says_what_the_interval_says_and_agrees_with_t():
+    rng = np.random.default_rng(6)
+    for trial, shift in enumerate((0.0, 0.01, 0.02, 0.03, 0.05)):
+        difference = rng.normal(shift, 0.1, 100)
+        found = paired_test(difference, np.arange(100), seed=trial)
+        assert (found.p < 0.05) == (found.low > 0 or found.high < 0)
+        assert found.p == pytest.approx(stats.ttest_1samp(difference, 0).pvalue, abs=0.03)
+        assert found[:3] == paired_bootstrap(difference, np.arange(100), seed=trial)
+
+
+def test_p_is_uniform_where_nothing_differs():
+    """Patterns differ by sd .1 around 0 and contexts by sd .05: P(p <= a) = a, within 4 standard errors."""
+    rng, found = np.random.default_rng(7), []
+    pattern = np.repeat(np.arange(60), 2)
+    for trial in range(600):
+        difference = rng.normal(0, 0.1, 60)[pattern] + rng.normal(0, 0.05, 120)
+        found.append(paired_test(difference, pattern, resamples=500, seed=trial).p)
+    for level in (0.05, 0.2, 0.5, 0.8):
+        share = np.mean(np.array(found) <= level)
+        assert abs(share - level) < 4 * np.sqrt(level * (1 - level) / 600), level
+    assert stats.kstest(found, "uniform").pvalue > 0.001
+
+
+def test_cells_are_averaged_and_their_patterns_drawn_together():
+    # By hand: cell 0 has pattern 3 (.1 + .3) / 2 = .2 and pattern 4 0, mean .1; cell 1 has pattern 3 .5.
+    difference, pattern, cell = np.array([0.1, 0.3, 0.0, 0.5]), np.array([3, 3, 4, 3]), np.array([0, 0, 0, 1])
+    found = paired_test(difference, pattern, cell)
+    assert found.mean == pytest.approx((0.1 + 0.5) / 2)
+    # Both draws 3: (.2 + .5) / 2 = .35; one of each: (.1 + .5) / 2; both 4: cell 1 is not there, 0.
+    assert (found.low, found.high) == pytest.approx((0.0, 0.35))
+    # The same difference in two cells of the same patterns is no more certain than in one.
+    once = np.random.default_rng(8).normal(0.02, 0.1, 40)
+    twice = paired_test(np.tile(once, 2), np.tile(np.arange(40), 2), np.repeat([0, 1], 40))
+    assert twice == pytest.approx(paired_test(once, np.arange(40)))
+
+
+def test_holm_by_hand():
+    # Sorted .005 .01 .03 .04, times 4 3 2 1: .02 .03 .06 .04 -> running maximum .02 .03 .06 .06.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9, 0.02]) == pytest.approx([1.0, 1.0, 0.06])
+    assert holm([0.3]) == [0.3] and len(holm([])) == 0
+
+
+P_VALUES = st.lists(st.floats(0, 1) | st.sampled_from([0.0, 0.01, 0.05, 1.0]), min_size=1, max_size=8)
+
+
+@given(P_VALUES)
+def test_holm_is_the_step_down_procedure(p):
+    """By Holm's own words: reject from the smallest on, at alpha / (hypotheses left), until one stands.
+
+    The adjusted p-value is the least level at which a hypothesis falls; levels are tried between them.
+    """
+
+    def rejected(level):
+        out, left = set(), sorted(range(len(p)), key=lambda i: p[i])
+        while left and p[left[0]] * len(left) <= level:
+            out.add(left.pop(0))
+        return out
+
+    adjusted = holm(p)
+    edges = np.unique(np.append(adjusted, [0.0, 1.0]))
+    for level in (edges[1:] + edges[:-1]) / 2:
+        assert rejected(level) == set(np.flatnonzero(adjusted <= level))
+
+
+@given(P_VALUES, st.randoms())
+def test_holm_never_lowers_keeps_order_and_does_not_mind_it(p, random):
+    adjusted = holm(p)
+    assert (adjusted >= p).all() and (adjusted <= 1).all()
+    order = np.argsort(p, kind="stable")
+    assert (np.diff(adjusted[order]) >= 0).all()
+    turn = random.sample(range(len(p)), len(p))
+    np.testing.assert_array_equal(holm(np.array(p)[turn]), adjusted[turn])
+
+
+@pytest.mark.parametrize("p", [[0.1, np.nan], [-0.1], [1.1], [[0.1]]])
+def test_holm_refuses(p):
+    with pytest.raises(InputError, match="no probability"):
+        holm(p)
