@@ -52,13 +52,15 @@ def draw_contexts(
     least_seeds: int = 4,
     least_positives: int = 5,
     per_pattern: int = 2,
+    patterns: int = 0,
     seed: int = 0,
 ) -> Contexts:
     """Contexts of `stage` (validation or test): up to `seeds` held-out items of one pattern that lack
     the attribute; one context where there are no more than `seeds` of them to choose from.
 
     A (pattern, domain) pair is asked only if it has `least_seeds` such items and `least_positives`
-    items with the attribute. Raises InputError when a domain of a split has no context.
+    items with the attribute. patterns: most patterns per (split, domain), a random choice; 0 takes all.
+    Raises InputError when a domain of a split has no context.
     """
     found = []
     for s, split in enumerate(SPLITS):
@@ -66,12 +68,16 @@ def draw_contexts(
         rng = np.random.default_rng([seed, s, ("validation", "test").index(stage)])
         rows_of = {int(p): np.flatnonzero(catalogue.patterns == p) for p in holdout.patterns}
         for m, name in enumerate(catalogue.attribute_names):
-            before = len(found)
-            for p, rows in rows_of.items():
+            before, asked = len(found), 0
+            order = rng.permutation(len(rows_of)) if patterns else range(len(rows_of))
+            for p, rows in (list(rows_of.items())[i] for i in order):
+                if patterns and asked == patterns:
+                    break
                 label = catalogue.labels[m, rows]
                 lacking = rows[(label == 0) & holdout.items[rows]]
                 if len(lacking) < least_seeds or (label == 1).sum() < least_positives:
                     continue
+                asked += 1
                 for _ in range(per_pattern if len(lacking) > seeds else 1):
                     chosen = rng.choice(lacking, min(seeds, len(lacking)), replace=False)
                     found.append((np.pad(chosen, (0, seeds - len(chosen)), constant_values=-1), m, p, s))
@@ -119,7 +125,8 @@ class Method:
     probes: index probes per context. calls: network evaluations per context, or setting -> calls.
     uses: what it reads beyond seeds: 'nothing', 'labels' (the shared budget), 'pattern' or 'all labels'
     (references, not methods: they read what the question hides).
-    floor: least validation Purity per (split, domain) that a setting should keep.
+    floor: least validation Purity per (split, domain) that a setting should keep, or a function giving it.
+    table: the table of the report that the line belongs to; x: where it stands, if that is a curve.
     """
 
     name: str
@@ -128,7 +135,9 @@ class Method:
     probes: int = 1
     calls: int | Callable[[Any], int] = 0
     uses: str = "labels"
-    floor: dict[Cell, float] = field(default_factory=dict)
+    floor: dict[Cell, float] | Callable[[], dict[Cell, float]] = field(default_factory=dict)
+    table: str = "main"
+    x: float | None = None
 
 
 def ranking(method: Method, searcher: Searcher, contexts: Contexts, setting: Any):
@@ -149,11 +158,11 @@ def choose(method: Method, searcher: Searcher, contexts: Contexts) -> dict[Cell,
     cells = _cells(contexts)
     if len(method.grid) == 1:
         return dict.fromkeys(cells, method.grid[0])
-    score = {}
+    score, floor = {}, method.floor() if callable(method.floor) else method.floor
     for setting in method.grid:
         joint, purity = validation_scores(method, searcher, contexts, setting)
         for cell in cells:
-            score[cell, setting] = (purity[cell] >= method.floor.get(cell, 0.0), joint[cell])
+            score[cell, setting] = (purity[cell] >= floor.get(cell, 0.0), joint[cell])
     return {cell: max(method.grid, key=lambda s: score[cell, s]) for cell in cells}
 
 
@@ -199,7 +208,8 @@ def evaluate(
         for s, m in cells:
             at = np.flatnonzero((contexts.split == s) & (contexts.domain == m))
             pattern = contexts.pattern[at]
-            row = {"method": method.name, "domain": searcher.catalogue.attribute_names[m]}
+            row = {"method": method.name, "table": method.table, "x": method.x}
+            row["domain"] = searcher.catalogue.attribute_names[m]
             row |= {
                 "split": SPLITS[s],
                 **protocol,

@@ -6,7 +6,7 @@ All three are the same denoising loss on the same model; they differ in where a 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from flax import struct
@@ -62,9 +62,17 @@ def raw_batch(rng: np.random.Generator, data: TrainingSet, size: int, length: in
     return next_item(data, walks, rng.integers(1, length, size), null)
 
 
-def ordered_batch(rng: np.random.Generator, data: TrainingSet, size: int, length: int) -> Batch:
+ORDERS = ("ascending", "shuffled", "descending", "true", "noise")
+
+
+def ordered_batch(
+    rng: np.random.Generator, data: TrainingSet, size: int, length: int, order: str = "ascending"
+) -> Batch:
     """Stage 2: the next item in metric order; 70 % locality walks, 30 % sorted bins, and the target in
-    the last half of the walk, where the density is."""
+    the last half of the walk, where the density is.
+
+    order: shuffled and descending walk over the very same items (the ablation of A.6).
+    """
     cell, domain = _cells_and_domains(rng, data, size)
     cut = round(0.7 * size)
     args = (rng, data.cells, data.neighbours, data.density, cell[:cut], domain[:cut], length)
@@ -75,6 +83,11 @@ def ordered_batch(rng: np.random.Generator, data: TrainingSet, size: int, length
         ]
     )
     items = (walks >= 0).sum(1)  # a small cell's walk is shorter than `length`
+    if order in ("shuffled", "descending"):
+        place = np.arange(walks.shape[1])
+        key = rng.random(walks.shape) if order == "shuffled" else -np.broadcast_to(place, walks.shape)
+        key = np.where(walks >= 0, key, np.inf)  # padding stays at the end
+        walks = np.take_along_axis(walks, np.argsort(key, axis=1, kind="stable"), 1)
     at = np.maximum(rng.integers(length // 2, length, size) * items // length, 1)
     return next_item(data, walks, at, domain)
 
@@ -120,13 +133,32 @@ def retrieval_batch(rng, data: TrainingSet, size: int, seeds: int, corpus: Corpu
     return TailBatch(examples, corpus.candidates(hits, items))
 
 
+def with_order(data: TrainingSet, order: str, seen: np.ndarray, seed: int) -> TrainingSet:
+    """The training set whose density orders CPT's walks: as fitted, the true one, or noise.
+
+    true: share of positives among the training neighbours of every item, which reads `seen` i8[M, N], all
+    training labels. Raises InputError for an unknown order.
+    """
+    if order not in ORDERS:
+        raise InputError("order", f"unknown order {order!r}", f"use one of {', '.join(ORDERS)}")
+    density = data.density
+    if order == "noise":
+        density = np.random.default_rng([seed, 71]).random(density.shape, np.float32)
+    elif order == "true":
+        found = seen[:, data.neighbours[data.train]]  # [M, n, k]
+        known = np.maximum((found >= 0).sum(-1), 1)
+        density = density.copy()
+        density[:, data.train] = (found == 1).sum(-1) / known
+    return replace(data, density=density)
+
+
 def _cells_and_domains(rng, data: TrainingSet, size: int) -> tuple[np.ndarray, np.ndarray]:
     return rng.integers(0, len(data.cells.members), size), rng.integers(0, len(data.density), size)
 
 
 @dataclass(frozen=True)
 class RetrievalTerm:
-    """Weight and temperature of `multi_positive_softmax` in SFT, and the size of its corpus.
+    """Weight and temperature of `multi_positive_softmax` on the one-call query, and the size of its corpus.
 
     Not in the papers: squared error to a centroid pulls queries towards the mean of the training
     patterns and loses Purity; this term trains the one-call query on the ranking itself.
@@ -135,6 +167,15 @@ class RetrievalTerm:
     weight: float
     temperature: float
     corpus: int
+
+    def __call__(self, retriever: Retriever, params, frozen, condition: Condition, candidates) -> Terms:
+        """The weighted term per example; frozen holds `space`, `table` f32[N, D] and `corpus` i32[n]."""
+        query = retriever.query(params, frozen["space"], condition)[:, 0]
+        softmax, found = multi_positive_softmax(
+            query, frozen["table"], frozen["corpus"], candidates, self.temperature
+        )
+        aux = {"softmax": softmax * found, "with_positives": found}
+        return Terms(self.weight * softmax * found, found, aux)
 
 
 DRAWS: dict[str, Callable] = {"pretrain": raw_batch, "cpt": ordered_batch, "sft": tail_batch}
@@ -152,12 +193,14 @@ def make_stage(
     seed: int = 0,
     retrieval: RetrievalTerm | None = None,
     regression: bool = False,
+    order: str = "ascending",
 ) -> Stage:
     """The stage that trains in `folder`: pretrain, cpt or sft, or a variant such as sft_plain.
 
     length: items per walk, or seeds per context in sft. replay: share of each batch drawn from
-    pretraining, so that CPT does not forget. retrieval: the retrieval-aware term, for sft alone.
+    pretraining, so that CPT does not forget. retrieval: the retrieval-aware term, for sft (HPPO has its own).
     regression: the same batches under a squared error without diffusion, which is the MSE baseline.
+    order: of the walks of cpt.
     """
     name = folder.partition("_")[0]
     if name not in DRAWS:
@@ -176,17 +219,14 @@ def make_stage(
         rng = np.random.default_rng([seed, stream, step])
         if retrieval:
             return retrieval_batch(rng, data, batch, length, corpus)
-        fresh = DRAWS[name](rng, data, batch - replayed, length)
+        more = {"order": order} if name == "cpt" else {}
+        fresh = DRAWS[name](rng, data, batch - replayed, length, **more)
         return stack(fresh, raw_batch(rng, data, replayed, length)) if replayed else fresh
 
     def with_retrieval(params, frozen, batch, draw) -> Terms:
         terms = retriever.loss(params, frozen["space"], batch.examples, draw)
-        query = retriever.query(params, frozen["space"], batch.examples.condition)
-        softmax, found = multi_positive_softmax(
-            query[:, 0], frozen["table"], frozen["corpus"], batch.candidates, retrieval.temperature
-        )
-        aux = {"denoising": terms.loss, "softmax": softmax * found, "with_positives": found}
-        return Terms(terms.loss + retrieval.weight * softmax * found, terms.weight, aux)
+        found = retrieval(retriever, params, frozen, batch.examples.condition, batch.candidates)
+        return Terms(terms.loss + found.loss, terms.weight, {"denoising": terms.loss} | found.aux)
 
     loss = retriever.regression_loss if regression else retriever.loss
     return Stage(

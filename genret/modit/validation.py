@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from genret.catalogue.format import Catalogue
 from genret.catalogue.splits import Splits
-from genret.modit.density import knn_density
-from genret.modit.fitting import Fitted
+from genret.modit.density import Labels, knn_density
 from genret.modit.protocol import SPLITS
 from genret.retrieval.index import Index
 
@@ -57,30 +58,45 @@ def calibration_error(predicted: np.ndarray, truth: np.ndarray, bins: int = 10) 
     return round(float(np.mean([abs(f.mean() - y.mean()) for f, y in parts if len(f)])), 4)
 
 
+@dataclass(frozen=True)
+class Spread:
+    """Labels bought with one budget, and what was fitted on them: predicted ρ̂ f32[M, N], normals f32[M, D]
+    and intercepts f32[M] of the linear probes."""
+
+    budget: float
+    labels: Labels
+    predicted: np.ndarray
+    normals: np.ndarray
+    intercepts: np.ndarray
+
+
 def predictor_report(
-    catalogue: Catalogue, splits: Splits, fitted: Fitted, index: Index, k: int
+    catalogue: Catalogue, splits: Splits, spreads: Iterable[Spread], index: Index, k: int
 ) -> list[dict[str, Any]]:
-    """One row per (predictor, domain, split) on the test holdouts, whose labels nothing was fitted on.
+    """One row per (budget, predictor, domain, split) on test holdouts, whose labels nothing was fitted on.
 
     Predictors: the MLP, the mean of the 10 nearest probes, and the linear probe on item labels (a
     direction, not a density, so it has no calibration).
     """
-    rows = []
+    rows, held = [], {}
     for split in SPLITS:
         holdout = splits.holdout(split, "test")
         items = np.flatnonzero(holdout.items & np.isin(catalogue.patterns, holdout.patterns))
-        x, pattern = np.asarray(catalogue.embeddings[items]), catalogue.patterns[items]
-        truth = true_density(catalogue, items, index, k)
-        predictors = {
-            "metric predictor (MLP)": fitted.predicted[:, items],
-            "kNN of the probes": knn_density(catalogue, fitted.labels, x),
-            "linear probe": fitted.normals @ x.T + fitted.intercepts[:, None],
-        }
-        for name, predicted in predictors.items():
-            for m, domain in enumerate(catalogue.attribute_names):
-                row = {"predictor": name, "domain": domain, "split": split, "items": len(items)}
-                row |= within_pattern(predicted[m], truth[m], pattern)
-                is_density = name != "linear probe"
-                row["calibration"] = calibration_error(predicted[m], truth[m]) if is_density else None
-                rows.append(row)
+        held[split] = items, true_density(catalogue, items, index, k)
+    for spread in spreads:
+        for split, (items, truth) in held.items():
+            x, pattern = np.asarray(catalogue.embeddings[items]), catalogue.patterns[items]
+            predictors = {
+                "metric predictor (MLP)": spread.predicted[:, items],
+                "kNN of the probes": knn_density(catalogue, spread.labels, x),
+                "linear probe": spread.normals @ x.T + spread.intercepts[:, None],
+            }
+            for name, predicted in predictors.items():
+                for m, domain in enumerate(catalogue.attribute_names):
+                    row = {"predictor": name, "budget": spread.budget, "lookups": spread.labels.lookups}
+                    row |= {"domain": domain, "split": split, "items": len(items)}
+                    row |= within_pattern(predicted[m], truth[m], pattern)
+                    is_density = name != "linear probe"
+                    row["calibration"] = calibration_error(predicted[m], truth[m]) if is_density else None
+                    rows.append(row)
     return rows

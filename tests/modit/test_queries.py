@@ -50,15 +50,15 @@ def test_untrained_posterior_mean_is_the_seed_mean(untrained, contexts):
     np.testing.assert_allclose(query[:, 0], seed_mean(untrained.embeddings, contexts), atol=1e-5)
 
 
-def alone(model, contexts, q, guidance=None, domain=None, more=()):
+def alone(model, contexts, q, guidance=None, domain=None, more=(), key=None, **options):
     """The retriever's own answer to context q: seeds sorted here, then `more`, nothing padded."""
     asked = contexts.domain[q]
     seeds = contexts.seeds[q][contexts.seeds[q] >= 0]
     seeds = seeds[np.argsort(model.density[asked, seeds])]
     rows = np.stack([*model.embeddings[seeds], *more])[None]
     given = Condition(rows, np.ones(rows.shape[:2], bool), np.array([asked if domain is None else domain]))
-    key = jax.random.split(jax.random.key(0), 1)
-    return model.retriever.generate(model.params, model.space, given, key, guidance)
+    key = jax.random.split(jax.random.key(0), 1) if key is None else key[None]
+    return model.retriever.generate(model.params, model.space, given, key, guidance, **options)
 
 
 def test_the_answer_is_the_retrievers_for_seeds_sorted_by_density(model, contexts):
@@ -78,7 +78,7 @@ def test_seed_order_is_the_densitys_not_the_contexts(model, contexts):
 
 
 def test_block_size_changes_nothing(model, contexts):
-    for options in ({}, {"method": "heun", "rows": 2, "seed": 3}, {"rollout": 1}):
+    for options in ({}, {"method": "heun", "samples": 2, "seed": 3}, {"rollout": 1}):
         whole = model.queries(contexts, 0.0, **options)
         blocks = dataclasses.replace(model, block=5).queries(contexts, 0.0, **options)
         np.testing.assert_allclose(blocks, whole, atol=1e-3 if "method" in options else 1e-5)
@@ -163,7 +163,8 @@ def test_the_lines_of_the_table(model, untrained, contexts):
     )
     rows = merged.run(contexts, 0.0)
     assert rows.shape == (12, 3, 128) and merged.probes == 3
-    np.testing.assert_allclose(rows, model.queries(contexts, 0.0, method="heun", rows=3, seed=5), atol=1e-6)
+    three = model.queries(contexts, 0.0, method="heun", samples=3, seed=5)
+    np.testing.assert_allclose(rows, three, atol=1e-6)
     average = rows.mean(1) / np.linalg.norm(rows.mean(1), axis=-1, keepdims=True)
     np.testing.assert_allclose(mean.run(contexts, 0.0)[:, 0], average, atol=1e-5)
     assert one.run(contexts, 0.0).shape == (12, 1, 128)
@@ -179,9 +180,9 @@ def test_the_lines_of_the_table(model, untrained, contexts):
         np.testing.assert_allclose(np.linalg.norm(out, axis=-1), 1, atol=1e-5)
 
 
-def test_samples_differ_by_seed_and_row_and_repeat(model, contexts):
+def test_samples_differ_by_seed_and_draw_and_repeat(model, contexts):
     def sample(seed):
-        return model.queries(contexts, 0.0, method="heun", rows=2, seed=seed)
+        return model.queries(contexts, 0.0, method="heun", samples=2, seed=seed)
 
     one = sample(0)
     np.testing.assert_array_equal(one, sample(0))
@@ -189,3 +190,49 @@ def test_samples_differ_by_seed_and_row_and_repeat(model, contexts):
     same = Contexts(*(np.repeat(a[:1], 3, 0) for a in dataclasses.astuple(contexts)))
     twins = model.queries(same, 0.0, method="heun")
     assert np.abs(twins[0] - twins[1]).max() > 1e-2  # the same question again is another sample
+
+
+@pytest.mark.parametrize("rollout", [0, 1])
+def test_a_sample_is_its_keys_alone(model, contexts, rollout):
+    # Draw i of context q is what (q, i)'s own key gives when nothing else is asked, and a roll-out goes
+    # on from its own first answer, not from another draw's.
+    some = contexts.take(np.array([0, 5]))
+    options = dict(method="heun", steps=4)
+    made = model.queries(some, samples=3, seed=9, rollout=rollout, **options)
+    keys = jax.random.split(jax.random.key(9), 6)
+    assert np.abs(made[:, :1] - made[:, 1:]).max(-1).min() > 1e-2
+    for q in range(2):
+        for i in range(3):
+            answer, more = None, []
+            for _ in range(rollout + 1):
+                answer = alone(model, some, q, more=more, key=keys[3 * q + i], **options)
+                more = [*more, np.asarray(answer)[0, 0]]
+            np.testing.assert_allclose(made[q, i], answer[0, 0], atol=1e-3)
+
+
+def test_steps_are_the_samplers(model, contexts):
+    one = contexts.take(np.array([5]))
+    few, default = (model.queries(one, method="heun", seed=1, **o) for o in ({"steps": 2}, {}))
+    key = jax.random.split(jax.random.key(1), 1)[0]
+    np.testing.assert_allclose(few, alone(model, one, 0, key=key, method="heun", steps=2), atol=1e-3)
+    assert np.abs(few - default).max() > 1e-2
+    np.testing.assert_array_equal(default, model.queries(one, method="heun", seed=1, steps=18))
+
+
+def test_the_posterior_mean_has_no_randomness_and_no_question_no_answer(model, contexts):
+    three = model.queries(contexts, samples=3, seed=4)
+    np.testing.assert_allclose(three, np.repeat(model.queries(contexts), 3, 1), atol=1e-6)
+    assert model.queries(contexts.take(np.array([], int)), samples=3).shape == (0, 3, 128)
+
+
+def test_seeds_may_be_asked_for_in_the_other_order_or_as_they_come(model, contexts):
+    falling = model.queries(contexts, order="descending")
+    reverse = dataclasses.replace(model, density=-model.density)
+    np.testing.assert_array_equal(falling, reverse.queries(contexts))
+    # As they come: contexts sorted beforehand are asked as the ascending ones.
+    ordered = sort_by_density(contexts.seeds, model.density, contexts.domain)
+    ordered = dataclasses.replace(contexts, seeds=ordered)
+    rising = model.queries(contexts)
+    np.testing.assert_array_equal(model.queries(ordered, order="shuffled"), rising)
+    assert np.abs(model.queries(contexts, order="shuffled") - rising).max() > 1e-2
+    assert np.abs(falling - rising).max() > 1e-2
