@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import app, flags, logging
@@ -11,16 +12,22 @@ from ml_collections import config_flags
 
 from genret.types import InputError
 
+DEFINE = {bool: flags.DEFINE_bool, float: flags.DEFINE_float, str: flags.DEFINE_string}
 
-def launch(main: Callable[..., None], *, config: bool = True) -> None:
+
+def launch(
+    main: Callable[..., None], *, config: bool = True, workdir: bool = True, **options: tuple[Any, str]
+) -> None:
     """Run main(config, workdir), or main(workdir) for a command that reads no config, under absl.
 
-    An InputError ends with its message and exit status 1.
+    workdir: whether it must be given; it is None otherwise. options: more flags of the command, each a
+    (default, help), given to main by name. An InputError ends with its message and exit status 1.
     """
     configs = config and config_flags.DEFINE_config_file(
         "config", None, "A file of experiments/configs.", lock_config=True
     )
-    workdir = flags.DEFINE_string("workdir", None, "The folder of the run.")
+    folder = flags.DEFINE_string("workdir", None, "The folder of the run.")
+    more = {n: DEFINE[type(default)](n, default, said) for n, (default, said) in options.items()}
 
     def run(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # Orbax tells twenty lines a checkpoint
@@ -29,10 +36,11 @@ def launch(main: Callable[..., None], *, config: bool = True) -> None:
         # Stages of one run share most of their kernels, and a second run shares all of them.
         if jax.config.jax_compilation_cache_dir is None:
             jax.config.update("jax_compilation_cache_dir", str(Path(".cache/jax").resolve()))
+        where = None if folder.value is None else Path(folder.value)
         try:
-            main(*([configs.value] if config else []), Path(workdir.value))
+            main(*([configs.value] if config else []), where, **{n: flag.value for n, flag in more.items()})
         except InputError as error:
             raise SystemExit(f"error: {error}") from None
 
-    flags.mark_flags_as_required(["config", "workdir"] if config else ["workdir"])
+    flags.mark_flags_as_required(["config"] * config + ["workdir"] * workdir)
     app.run(run)

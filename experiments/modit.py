@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,22 +15,27 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from experiments.methods import all_methods
+from experiments.recipes import RECIPES, Recipe, asked
+from experiments.workdir import write_text
 from genret.catalogue.format import Catalogue
 from genret.catalogue.splits import Splits, make_splits
 from genret.diffusion import edm
 from genret.diffusion.dit import make_dit
+from genret.diffusion.preference import Preference
 from genret.diffusion.retriever import Retriever
-from genret.modit import baselines, contrastive, fitting, protocol, stages
-from genret.modit.queries import MoDiT, model_methods
+from genret.modit import baselines, contrastive, fitting, hppo, protocol, stages
+from genret.modit import density as dn
+from genret.modit.pairs import PairRule
+from genret.modit.queries import MoDiT
+from genret.modit.validation import Spread
 from genret.retrieval.index import build_index
+from genret.retrieval.metrics import macro
 from genret.training.checkpoint import restore_params
 from genret.training.loop import FitOptions, fit
 from genret.training.mesh import make_mesh
 from genret.training.stage import Stage
-
-STAGES = ("pretrain", "cpt", "sft")
-# Other endings of the same run, from the same CPT checkpoint with the same batches and steps.
-PLAIN, REGRESSION = "sft_plain", "sft_mse"
+from genret.types import PyTree
 
 
 def options(section: ConfigDict, seed: int, **changes: Any) -> FitOptions:
@@ -37,7 +43,7 @@ def options(section: ConfigDict, seed: int, **changes: Any) -> FitOptions:
     return FitOptions(**{**section.to_dict(), **changes}, seed=seed)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """One seed of one configuration, in `folder`."""
 
@@ -64,7 +70,7 @@ class Run:
         e = self.config.evaluation
         return protocol.draw_contexts(
             self.catalogue, self.splits, stage, seeds=e.seeds, least_seeds=e.least_seeds,
-            least_positives=e.least_positives, per_pattern=e.per_pattern, seed=e.seed,
+            least_positives=e.least_positives, per_pattern=e.per_pattern, patterns=e.patterns, seed=e.seed,
         )  # fmt: skip
 
     @functools.cached_property
@@ -78,6 +84,21 @@ class Run:
             tail_least=c.latent.tail_least, seed=self.seed, index=c.evaluation.index, mesh=self.mesh,
         )  # fmt: skip
 
+    def spreads(self) -> Iterator[Spread]:
+        """The run's own label budget, then those of labels.sweep, each with a predictor of its own."""
+        c, f = self.config, self.fitted
+        yield Spread(c.labels.budget, f.labels, f.predicted, f.normals, f.intercepts)
+        for budget in c.labels.sweep:
+            labels = dn.buy_labels(
+                self.catalogue, self.splits.train, budget=budget, k=c.evaluation.k, seed=self.seed
+            )
+            folder = self.folder / f"predictor_{budget}"
+            predictor = dn.fit_predictor(
+                self.catalogue, labels, folder, options(c.labels.predictor, self.seed), mesh=self.mesh
+            )
+            probes = dn.linear_probes(self.catalogue, labels)
+            yield Spread(budget, labels, predictor.density(self.catalogue.embeddings), *probes)
+
     @functools.cached_property
     def baselines(self) -> baselines.Baselines:
         f = self.fitted
@@ -85,13 +106,6 @@ class Run:
             self.searcher, f.data, f.labels, f.predicted, f.normals, f.gradient,
             baselines.fit_ridge(f.data, seeds=self.config.evaluation.seeds, seed=self.seed),
         )  # fmt: skip
-
-    @functools.cached_property
-    def purity_floor(self) -> dict[protocol.Cell, float]:
-        """Validation Purity of the seed mean, less what MO-DiT may lose of it."""
-        seed_mean = next(self.baselines.methods())
-        _, purity = protocol.validation_scores(seed_mean, self.searcher, self.contexts("validation"), None)
-        return {cell: p - self.config.evaluation.purity_slack for cell, p in purity.items()}
 
     @functools.cached_property
     def directions(self) -> np.ndarray:
@@ -110,11 +124,24 @@ class Run:
         )  # fmt: skip
         return Retriever(model, c.model.noise, c.model.drop_domain)
 
-    def space(self, name: str) -> edm.Space:
-        """The coordinates of stage `name`, measured on 2,048 of its own targets."""
-        c = self.config.model
-        if not c.centred:
+    @property
+    def recipes(self) -> dict[str, Recipe]:
+        """Folder -> how it is trained."""
+        return asked(tuple(self.config.ablations), bool(self.config.retrieval.weight))
+
+    @property
+    def rounds(self) -> tuple[int, ...]:
+        """The steps that HPPO's rounds end at."""
+        h = self.config.hppo
+        return tuple(h.steps * (n + 1) for n in range(h.rounds))
+
+    @functools.cache  # noqa: B019 - a run lives as long as its process
+    def space(self, folder: str) -> edm.Space:
+        """The coordinates of a folder, measured on 2,048 of its stage's own targets; HPPO keeps SFT's."""
+        c, recipe = self.config.model, RECIPES[folder]
+        if not (c.centred and recipe.centred):
             return edm.plain_space(self.catalogue.width, self.catalogue.num_domains)
+        name = "sft" if recipe.stage == "hppo" else recipe.stage
         rng = np.random.default_rng([self.seed, 41])
         # Pretraining knows no attribute, so its anchor is the seed mean alone.
         directions = self.directions * (name != "pretrain")
@@ -128,55 +155,105 @@ class Run:
         )
 
     def length(self, name: str) -> int:
-        """Items per walk, or seeds per context in SFT."""
-        return self.config.evaluation.seeds if name == "sft" else self.config.length
+        """Items per walk, or seeds per context from SFT on."""
+        return self.config.length if name in ("pretrain", "cpt") else self.config.evaluation.seeds
 
     def stage(self, folder: str) -> Stage:
         """The training stage of `folder`, ready to fit."""
-        c, name = self.config, folder.partition("_")[0]
-        term = stages.RetrievalTerm(**c.retrieval) if folder == "sft" and c.retrieval.weight else None
+        c, recipe = self.config, RECIPES[folder]
+        term = stages.RetrievalTerm(**c.retrieval) if recipe.retrieval and c.retrieval.weight else None
+        if recipe.stage == "hppo":
+            return self._hppo(folder, recipe, term)
+        data = stages.with_order(self.fitted.data, recipe.order, self._training_labels, self.seed)
         return stages.make_stage(
-            folder, self.retriever, self.space(name), self.fitted.data, batch=c.batch,
-            length=self.length(name), replay=c.replay if name == "cpt" else 0.0, seed=self.seed,
-            retrieval=term, regression=folder == REGRESSION,
+            folder, self.retriever, self.space(folder), data, batch=c.batch,
+            length=self.length(recipe.stage), replay=c.replay if recipe.stage == "cpt" else 0.0,
+            seed=self.seed, retrieval=term, regression=recipe.regression, order=recipe.order,
         )  # fmt: skip
+
+    @functools.cached_property
+    def _training_labels(self) -> np.ndarray:
+        """i8[M, N], -1 outside training: what the true-density ablation reads, and nothing else."""
+        return np.where(self.splits.train, self.catalogue.labels, -1).astype(np.int8)
+
+    @functools.cached_property
+    def labeller(self) -> hppo.Labeller:
+        return hppo.make_labeller(self.fitted, self.config.evaluation.k, mesh=self.mesh)
+
+    def _hppo(self, folder: str, recipe: Recipe, term: stages.RetrievalTerm | None) -> Stage:
+        h = self.config.hppo
+        pairs, policy = dict(h.pairs), recipe.policy or h.policy
+        pairs |= {"filter": recipe.filter} if recipe.filter else {}
+        pairs |= {"on_policy_share": 0.0} if policy == "deterministic" else {}  # it has no such winner
+        rounds = hppo.Rounds(h.steps, h.contexts, policy, h.samples, PairRule(**pairs))
+        refresh = hppo.Refresh(
+            functools.partial(self._bound, self.space(folder)), self.labeller, rounds,
+            self.folder / folder / "rounds", self.config.evaluation.seeds, self.seed, self._validated,
+        )  # fmt: skip
+        return hppo.make_hppo_stage(
+            folder,
+            self.retriever,
+            self.space(folder),
+            self.model(recipe.start).params,
+            refresh,
+            preference=Preference(**h.preference),
+            batch=h.batch,
+            retrieval=term,
+            seed=self.seed,
+        )
+
+    def _bound(self, space: edm.Space, params: PyTree) -> MoDiT:
+        return MoDiT(self.retriever, params, space, self.catalogue.embeddings, self.fitted.predicted)
+
+    def _validated(self, model: MoDiT) -> dict[str, float]:
+        """Macro Joint, Attribute and Purity of the one-call query on the validation contexts."""
+        contexts = self.contexts("validation")
+        scores = self.searcher.judge(self.searcher.rank(model.queries(contexts), contexts), contexts)
+        names = ("joint", "attribute", "purity")
+        return {n: macro(getattr(scores, n), contexts.pattern) for n in names}
+
+    def options(self, folder: str) -> FitOptions:
+        """How long and how fast `folder` is trained; HPPO keeps a checkpoint of every round."""
+        stage = RECIPES[folder].stage
+        if stage != "hppo":
+            return options(self.config.stages[stage], self.seed)
+        h = self.config.hppo
+        return options(h.fit, self.seed, steps=h.steps * h.rounds, save_every=h.steps, keep=h.rounds)
 
     @property
     def _trained(self) -> Path:
         return self.folder / "trained"
 
     def train(self) -> None:
-        """Fit every stage that is not finished, each from the one before; then the trained rivals."""
-        if self._trained.exists():
-            return
-        before = None
-        for name in STAGES:
-            endings = [name, PLAIN, REGRESSION] if name == "sft" else [name]
-            states = [
-                fit(
-                    self.stage(folder), self.folder / folder,
-                    options(self.config.stages[name], self.seed), mesh=self.mesh, init_from=before,
-                )
-                for folder in endings
-            ]  # fmt: skip
-            before = states[0].ema
+        """Fit every recipe that is not finished, each from the one before; then the trained rivals."""
+        wanted = json.dumps(sorted(self.recipes))
+        if self._trained.exists() and self._trained.read_text() == wanted:
+            return  # a finished run is not even opened again
+        for folder, recipe in self.recipes.items():
+            init = self.model(recipe.start).params if recipe.start else None
+            state = fit(
+                self.stage(folder), self.folder / folder, self.options(folder), mesh=self.mesh, init_from=init
+            )
+            if recipe.stage == "hppo":
+                scores = self._validated(self._bound(self.space(folder), state.params))
+                print(f"{folder}: validation " + ", ".join(f"{n} {v:.4f}" for n, v in scores.items()))
         for source in ("labels", "pseudo"):
             for steps in self.config.contrastive.steps:
                 self.contrastive(source, steps)
-        self._trained.touch()  # a finished run is not even opened again
+        write_text(self._trained, wanted)
 
-    def model(self, folder: str) -> MoDiT:
-        """The trained model in `folder`; raises InputError for one that has not been trained to the end."""
+    @functools.cache  # noqa: B019
+    def model(self, folder: str, step: int | None = None) -> MoDiT:
+        """The model of `folder` at its last step, or another; raises InputError where there is none."""
         shapes = jax.eval_shape(self.retriever.init, jax.random.key(0))
-        name = folder.partition("_")[0]
-        space = self.space(name)
+        space = self.space(folder)
         params = restore_params(
             self.folder / folder / "checkpoints", shapes,
-            card=stages.model_card(self.retriever.model, space), step=self.config.stages[name].steps,
+            card=stages.model_card(self.retriever.model, space), step=step or self.options(folder).steps,
         )  # fmt: skip
-        params = jax.device_put(params)
-        return MoDiT(self.retriever, params, space, self.catalogue.embeddings, self.fitted.predicted)
+        return self._bound(space, jax.device_put(params))
 
+    @functools.cache  # noqa: B019
     def contrastive(self, source: str, steps: int) -> Callable:
         """The discriminative rival; trained on the first call, read back later."""
         f, c = self.fitted, self.config.contrastive
@@ -194,31 +271,8 @@ class Run:
         )  # fmt: skip
 
     def methods(self) -> list[protocol.Method]:
-        """Every line of the table, baselines first."""
-        e, c = self.config.evaluation, self.config.contrastive
-        base, x = self.baselines, self.catalogue.embeddings
-        out = list(base.methods())
-        for source, name in (("labels", "labels"), ("pseudo", "pseudo-labels")):
-            encoders = {s: self.contrastive(source, s) for s in c.steps}
-
-            def encoded(contexts, setting, encoders=encoders):
-                steps, r = setting
-                made = encoders[steps](base.mean(contexts), contexts.domain)
-                return baselines.reach(x, contexts, made[:, None], r)
-
-            grid = [(s, r) for s in c.steps for r in e.reaches]
-            out.append(protocol.Method(f"contrastive encoder, {name}", encoded, grid, calls=1))
-        regressor = self.model(REGRESSION)
-
-        def regressed(contexts, r):
-            return baselines.reach(x, contexts, regressor.queries(contexts), r)
-
-        out.append(protocol.Method("MSE regressor (same DiT)", regressed, tuple(e.reaches), calls=1))
-        out += model_methods(
-            {name: self.model(name) for name in STAGES}, self.model(PLAIN), samples=e.samples,
-            reaches=e.reaches, guidance=e.guidance, floor=self.purity_floor, seed=self.seed,
-        )  # fmt: skip
-        return out + list(base.references())
+        """Every line of every table."""
+        return list(all_methods(self))
 
 
 def open_run(config: ConfigDict, workdir: Path, seed: int, catalogue: Catalogue) -> Run:

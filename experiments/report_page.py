@@ -8,18 +8,29 @@ import os
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.report_plots import STYLE, THEME, cells, curves, frontier, svg
+from experiments import report_plots as plots
+from experiments.evidence import Comparison, baselines, short, short_p, table_verdicts, verdicts
+from experiments.report_rows import COUNTED, Results
+from experiments.report_tables import (
+    AGREEMENT,
+    Side,
+    Table,
+    again,
+    detailed,
+    interval,
+    make_table,
+    predictor_rows,
+    protocol_line,
+    sides,
+    steps,
+    text_steps,
+)
 
-if TYPE_CHECKING:
-    from experiments.report import Interval, Results, Table, Verdict
-
-AGREEMENT = ("spearman", "kendall", "ndcg", "calibration")  # columns of predictor_report.json
 CSS = """
 *{box-sizing:border-box}
 html{color-scheme:light dark}
@@ -59,19 +70,16 @@ svg{width:100%;height:auto;min-width:680px;display:block}
 svg text{font-family:inherit!important}
 details{margin:.8rem 0}
 summary{cursor:pointer;color:var(--muted)}
+ul{margin:.6rem 0;padding-left:1.1rem;font-size:.86rem}
+.again{color:var(--muted);margin:.5rem 0 0;padding:.4rem .7rem;border-left:2px solid var(--line)}
 pre{font:.78rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;white-space:pre-wrap}
 @media print{main{max-width:none;padding:0}}
 """
 
 
 def _variables() -> str:
-    light, dark = ("".join(f"--{name}:{pair[i]};" for name, pair in THEME.items()) for i in range(2))
+    light, dark = ("".join(f"--{name}:{pair[i]};" for name, pair in plots.THEME.items()) for i in range(2))
     return f":root{{{light}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}"
-
-
-def short(x: float, sign: str = "") -> str:
-    """Three decimals without the leading zero: .286, +.052, 1.00."""
-    return f"{x:{sign}.3f}".replace("0.", ".", 1)[: 5 if sign else 4]
 
 
 def main_table(r: Results, t: Table) -> str:
@@ -99,7 +107,7 @@ def main_table(r: Results, t: Table) -> str:
     )
     body = []
     for i, method in enumerate(r.methods):
-        row = "ours" if method == "MO-DiT" else "ref" if r.reference[i] else ""
+        row = "ours" if method == r.ours else "ref" if r.reference[i] else ""
         row += " rule" if r.reference[i] and not r.reference[i - 1] else ""
         line = f'<td class="n">{i + 1}</td>{_left(method)}'
         for c, x in enumerate(t.numbers[i]):
@@ -112,17 +120,51 @@ def main_table(r: Results, t: Table) -> str:
     return _table(head, body, "wide")
 
 
-def interval_table(found: Sequence[Interval]) -> str:
-    """One row per cell, one column per rival; an interval that leaves out zero is bold."""
-    rivals = dict.fromkeys(f"against {i.rival}" for i in found)
-    rows: dict[tuple[str, str], str] = {}
-    for i in found:
-        mean, interval = str(i).split(" ", 1)
-        mean = f"<b>{mean}</b>" if i.low > 0 or i.high < 0 else mean
-        cell = i.split.replace("_", " "), i.domain
-        rows[cell] = rows.get(cell, "") + f"<td>{mean} <small>{interval}</small></td>"
-    body = [f"<tr>{''.join(map(_left, cell))}{said}</tr>" for cell, said in rows.items()]
-    return _table(_head(["split", "domain"], rivals), body)
+def comparison_table(found: Sequence[Comparison], metric: str) -> str:
+    """One row per cell, one column per rival; what is significant is bold."""
+    body = []
+    for i, (split, domain, *_) in enumerate(found[0].cells[metric]):
+        line = _left(split.replace("_", " ")) + _left(domain)
+        for c in found:
+            cell = c.cells[metric][i]
+            mean, rest = str(cell).split(" ", 1)
+            mean = mean if cell.verdict == "tie" else f"<b>{mean}</b>"
+            under = f"p {short_p(cell.p)}" + (f", {cell.rival}" if c.picked else "")
+            line += f"<td>{mean} <small>{rest}<br>{escape(under)}</small></td>"
+        body.append(f"<tr>{line}</tr>")
+    return _table(_head(["split", "domain"], [f"against {c.rival}" for c in found]), body)
+
+
+def side_table(r: Results, side: Side) -> str:
+    """A table beside the main one, what it shows, and the command that makes it again."""
+    spread = [split.replace("_", " ") for split in r.splits]
+    more = {"": ["calls", "difference in Joint"], "calls": []}.get(side.x, ["calls"])
+    body = []
+    for line in side.lines:
+        said = _left(f"{line.x:g}" if side.x else line.method)
+        for x, sd in zip(line.joint, line.sd, strict=True):
+            said += f"<td>{short(x)}" + (f" <small>±{short(sd)}</small></td>" if np.isfinite(sd) else "</td>")
+        said += f"<td>{short(line.attribute)}</td><td>{short(line.purity)}</td>"
+        said += "" if side.x == "calls" else f"<td>{line.calls}</td>"
+        if line.gain:
+            mean, rest = interval(line.gain).split(" ", 1)
+            mean = f"<b>{mean}</b>" if line.gain.low > 0 or line.gain.high < 0 else mean
+            said += f"<td>{mean} <small>{rest} to {escape(line.rival)}</small></td>"
+        elif not side.x:
+            said += "<td></td>"
+        body.append(f"<tr>{said}</tr>")
+    shown = "".join(f"<li>{escape(v.figure)} {escape(v.text)}</li>" for v in table_verdicts(r, side.name))
+    shown = f"<ul>{shown}</ul>" if shown else ""
+    return (
+        _table(_head([side.x or "row"], [*spread, "Attribute", "Purity", *more]), body)
+        + shown
+        + _again(r, side.name)
+    )
+
+
+def _again(r: Results, table: str) -> str:
+    lines = "\n".join(line.strip() for line in again(r, table))
+    return f'<pre class="again">{escape(lines)}</pre>' if lines else ""
 
 
 def _left(text: str) -> str:
@@ -141,35 +183,23 @@ def _table(head: str, rows: Iterable[str], look: str = "") -> str:
     )
 
 
-def predictor_rows(workdir: Path) -> list[tuple[str, ...]]:
-    """(predictor, split, domain, *AGREEMENT) as text, mean over seeds; "-" where a predictor has none."""
-    groups: dict[tuple[str, str, str], list[list[float]]] = {}
-    for path in sorted(workdir.glob("seed_*/predictor_report.json")):
-        for row in json.loads(path.read_text()):
-            key = row["predictor"], row["split"].replace("_", " "), row["domain"]
-            groups.setdefault(key, []).append([np.nan if row[m] is None else row[m] for m in AGREEMENT])
-    return [
-        (*key, *("-" if np.isnan(x) else short(x) for x in np.mean(values, axis=0)))
-        for key, values in sorted(groups.items(), key=lambda item: item[0][1:])
-    ]
-
-
-def predictor_table(workdir: Path) -> str:
-    """The same as a table; '' where there is none."""
+def predictor_table(r: Results) -> str:
+    """Agreement of the density predictors; '' where there is none."""
     rows = [
         f"<tr>{''.join(map(_left, row[:3]))}{''.join(f'<td>{x}</td>' for x in row[3:])}</tr>"
-        for row in predictor_rows(workdir)
+        for row in predictor_rows(r.about.predictors)
     ]
     return _table(_head(["predictor", "split", "attribute"], AGREEMENT), rows) if rows else ""
 
 
-def render(
-    workdir: Path, r: Results, table: Table, protocol: str, verdicts: Sequence[Verdict],
-    intervals: Sequence[Interval], chart: Figure,
-) -> str:  # fmt: skip
-    """The whole page; chart is the frontier, the other figures are drawn here."""
-    cards = "".join(f"<div><b>{escape(v.figure)}</b><span>{escape(v.text)}</span></div>" for v in verdicts)
-    parts = ["<h1>MO-DiT and its rivals</h1>", f"<p>{escape(protocol)}</p>"]
+def render(workdir: Path, r: Results, chart: Figure | None) -> str:
+    """The whole page; chart is the frontier of the main table, the other figures are drawn here.
+
+    workdir: where the training logs are, if anywhere.
+    """
+    said = [(escape(v.figure), escape(v.text)) for v in verdicts(r)]
+    cards = "".join(f"<div><b>{figure}</b><span>{text}</span></div>" for figure, text in said)
+    parts = [f"<h1>{escape(r.ours or 'Queries')} and its rivals</h1>", f"<p>{escape(protocol_line(r))}</p>"]
     parts += [f"<p>Unfinished: {escape(sentence)}.</p>" for sentence in r.unfinished()]
     parts += [f'<div class="verdicts">{cards}</div>']
 
@@ -178,49 +208,82 @@ def render(
             parts.append(f"<section><h2>{title}</h2><p>{text}</p>{content}</section>")
 
     def figure(fig: Figure | None, name: str, title: str) -> str:
-        return f'<div class="scroll">{svg(fig, name, title)}</div>' if fig else ""
+        return f'<div class="scroll">{plots.svg(fig, name, title)}</div>' if fig else ""
 
-    spread = "; ± is the standard deviation over seeds" if np.isfinite(table.sd).any() else ""
-    section(
-        "All methods",
-        f"Joint@{r.k}: share of the {r.k} returned items that keep the pattern of the seeds and "
-        f"carry the attribute{spread}. Underlined: best of a column. Shaded: what a cell gains "
-        "over the seed mean. Probes are index searches, calls network evaluations per context. "
-        "References, below the rule, read what the question hides.",
-        main_table(r, table),
-    )
-    section(
-        "The frontier",
-        "Keeping the pattern against gaining the attribute; up and to the right is better. Numbers "
-        "are those of the table, hollow points are references, triangles at the left edge lie "
-        "beyond it.",
-        figure(chart, "frontier", "Attribute against Purity of every method"),
-    )
-    section(
-        "Cell by cell",
-        "The tick is the best single-probe baseline of that very cell, picked on test.",
-        figure(cells(r), "cells", "Joint of the main methods in every cell"),
-    )
-    section(
-        "Paired differences",
-        f"MO-DiT minus a rival in Joint@{r.k}, with 95 % bootstrap intervals: hits are averaged "
-        "over seeds, and whole patterns are drawn again. Bold where zero lies outside.",
-        interval_table(intervals) if intervals else "",
-    )
+    main = r.part(r.tables["main"])
+    if main.methods:
+        table = make_table(main)
+        spread = "; ± is the standard deviation over seeds" if np.isfinite(table.sd).any() else ""
+        section(
+            "All methods",
+            f"Joint@{r.k}: share of the {r.k} returned items that keep the pattern of the seeds and "
+            f"carry the attribute{spread}. Underlined: best of a column. Shaded: what a cell gains "
+            "over the seed mean. Probes are index searches, calls network evaluations per context. "
+            "References, below the rule, read what the question hides.",
+            main_table(main, table) + _again(r, "main"),
+        )
+        section(
+            "The frontier",
+            "Keeping the pattern against gaining the attribute; up and to the right is better. Numbers "
+            "are those of the table, hollow points are references, triangles at the left edge lie "
+            "beyond it.",
+            figure(chart, "frontier", "Attribute against Purity of every method"),
+        )
+        section(
+            "Cell by cell",
+            "The tick is the best single-probe baseline of that very cell, picked on test.",
+            figure(plots.cells(main, baselines(r)), "cells", "Joint of the main methods in every cell"),
+        )
+    found = detailed(r)
+    if found:
+        folded = "".join(
+            f"<details><summary>The same in {metric.capitalize()}@{r.k}</summary>"
+            f"{comparison_table(found, metric)}</details>"
+            for metric in COUNTED[1:]
+        )
+        section(
+            "Paired differences",
+            f"{escape(r.ours)} minus a rival in Joint@{r.k}, with 95 % bootstrap intervals: hits are "
+            "averaged over seeds, and whole patterns are drawn again. p is adjusted over the cells (Holm); "
+            "bold below .05. Where a rival is picked per cell, it is named.",
+            comparison_table(found, "joint") + folded,
+        )
+    shown = {side.name: side for side in sides(r)}
+    fronts = [shown[name] for name in ("guidance", "steering") if name in shown and shown[name].x]
+    for name, side in shown.items():
+        drawn, text = "", "Mean over the domains, ± over seeds; differences are pooled over all cells."
+        if name == "calls" and side.x:
+            text = "What more network evaluations per query buy."
+            drawn = figure(plots.calls(side, r.splits, r.k), "calls", "Joint against denoiser calls")
+        elif fronts and side is fronts[0]:
+            text = "What each step of a dial gains in Attribute and gives up in Purity."
+            drawn = figure(
+                plots.frontiers(fronts, r.splits, r.k), "dials", "Frontiers of guidance and steering"
+            )
+        elif side.x:
+            text = "Mean over the domains, ± over seeds."
+        section(escape(side.title), text, drawn + side_table(r, side))
+    if steps(r):
+        drawn = figure(plots.checkpoints(steps(r), r.splits, r.k), "steps", "Validation scores against step")
+        listed = f"<details><summary>As text</summary><pre>{escape(text_steps(r))}</pre></details>"
+        section(
+            "Checkpoints",
+            "The one-call query of every checkpoint on the validation contexts, mean over seeds and domains.",
+            drawn + listed,
+        )
     section(
         "Training",
         "Loss per stage, one line per seed; orange is MO-DiT.",
-        figure(curves(workdir), "curves", "Training loss of every stage"),
+        figure(plots.curves(workdir), "curves", "Training loss of every stage"),
     )
     section(
         "Density predictors",
         "Agreement with the true densities within patterns, on test items whose labels nothing was "
         "fitted on; mean over seeds.",
-        predictor_table(workdir),
+        predictor_table(r),
     )
-    config = workdir / "config.json"
-    if config.exists():
-        leaves = _leaves(json.loads(config.read_text()))
+    if r.about.config:
+        leaves = _leaves(r.about.config)
         text = "\n".join(f"{name} = {json.dumps(value)}" for name, value in leaves)
         section(
             "Reproduce",
@@ -243,17 +306,17 @@ def _leaves(tree: dict, path: str = "") -> list[tuple[str, object]]:
     ]  # fmt: skip
 
 
-def write(
-    workdir: Path, r: Results, table: Table, protocol: str, verdicts: Sequence[Verdict],
-    intervals: Sequence[Interval],
-) -> Path:  # fmt: skip
+def write(workdir: Path, r: Results) -> Path:
     """Write report.html and frontier.png, each moved into place whole; returns the page's path."""
-    image = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
-        chart = frontier(r)
-        chart.savefig(image, format="png", dpi=150)
-        page = render(workdir, r, table, protocol, verdicts, intervals, chart).encode()
-    for name, content in (("frontier.png", image.getvalue()), ("report.html", page)):
+    image, files = io.BytesIO(), {}
+    with matplotlib.rc_context(plots.STYLE):
+        chart = plots.frontier(r.part(r.tables["main"])) if r.tables["main"] else None
+        files["report.html"] = render(workdir, r, chart).encode()
+        if chart:
+            chart.savefig(image, format="png", dpi=150)
+            files["frontier.png"] = image.getvalue()
+    workdir.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
         temporary = workdir / f"{name}.tmp"
         temporary.write_bytes(content)
         os.replace(temporary, workdir / name)

@@ -12,10 +12,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.evaluate import read_rows
+from experiments.report_rows import ENCODER, HEADLINE, STAGED
+from experiments.workdir import read_rows
 
 if TYPE_CHECKING:
-    from experiments.report import Results
+    from experiments.report_rows import Results
+    from experiments.report_tables import Side, Step
 
 # name -> (light, dark). Figures are drawn in the light colours; a page makes them CSS variables.
 THEME = {
@@ -45,7 +47,7 @@ def kind(r: Results, i: int) -> str:
     """The colour of method i; kin are the model's other stages and queries."""
     if r.reference[i]:
         return "muted"
-    if r.methods[i] == "MO-DiT":
+    if r.methods[i] == r.ours:
         return "ours"
     return "kin" if "DiT" in r.methods[i] and "MSE" not in r.methods[i] else "rival"
 
@@ -77,7 +79,7 @@ def frontier(r: Results) -> Figure:
         legend.text(0.19, last, "beyond the left edge", va="center", fontsize=7.5)
     for i, method in enumerate(r.methods):
         _point(legend, r, i, 0.13, i)
-        bold = "bold" if method == "MO-DiT" else "normal"
+        bold = "bold" if method == r.ours else "normal"
         legend.text(0.07, i, i + 1, ha="right", va="center", fontsize=7, color=LIGHT["muted"])
         name = method.replace("reference: ", "ref: ")
         legend.text(0.19, i, name, va="center", fontsize=7.5, weight=bold)
@@ -89,7 +91,7 @@ def frontier(r: Results) -> Figure:
 
 
 def _point(ax: Axes, r: Results, i: int, x: float, y: float, beyond: bool = False) -> None:
-    colour, hollow, ours = LIGHT[kind(r, i)], r.reference[i], r.methods[i] == "MO-DiT"
+    colour, hollow, ours = LIGHT[kind(r, i)], r.reference[i], r.methods[i] == r.ours
     ax.plot(
         x, y, "<" if beyond else "*" if ours else "o", ms=13 if ours else 6,
         mfc=LIGHT["paper"] if hollow else colour, mec=colour if hollow else LIGHT["paper"],
@@ -128,16 +130,20 @@ SHOWN = (
     ("seed mean", "o", 7, "muted", 0.0),
     ("plain pretrained DiT", "o", 7, "kin", -0.25),
     ("linear-probe steering", "o", 7, "rival", -0.25),
-    ("contrastive encoder, labels", "D", 5.5, "rival3", 0.18),
-    ("contrastive encoder, pseudo-labels", "D", 5.5, "rival2", 0.34),
-    ("MO-DiT", "*", 13, "ours", 0.0),
+    (f"{ENCODER}, labels", "D", 5.5, "rival3", 0.18),
+    (f"{ENCODER}, pseudo-labels", "D", 5.5, "rival2", 0.34),
+    (STAGED, "*", 13, "ours", 0.0),
+    (HEADLINE, "*", 13, "ours", 0.0),
 )
 
 
-def cells(r: Results) -> Figure:
-    """Joint per cell: MO-DiT, its main rivals, the cell's best baseline, and the references."""
+def cells(r: Results, baselines: list[str]) -> Figure:
+    """Joint per cell: our method, its main rivals, the best of `baselines` there, and the references."""
     joint, y = r.cells("joint"), np.arange(len(r.domains))
     shown = [(r.methods.index(m), *look) for m, *look in SHOWN if m in r.methods]
+    if r.ours == HEADLINE:  # stages 1-3 stand a little above it, in the paler colour
+        shown = [(i, mark, 9, "kin", -0.12) if r.methods[i] == STAGED else (i, mark, *look)
+                 for i, mark, *look in shown]  # fmt: skip
     drawn = [i for i, *_ in shown] + list(np.flatnonzero(r.reference))
     fig = Figure(figsize=(11, 1.4 + 0.6 * len(y)), layout="constrained")
     axes = fig.subplots(1, len(r.splits), sharex=True, sharey=True, squeeze=False)[0]
@@ -148,8 +154,8 @@ def cells(r: Results) -> Figure:
         ax.grid(axis="y", visible=False)
         least, most = joint[drawn, s].min(axis=0), joint[drawn, s].max(axis=0)
         ax.hlines(y, least, most, color=LIGHT["line"], lw=2, zorder=1)
-        if r.single_probe_baseline.any():
-            best = joint[r.single_probe_baseline, s].max(axis=0)
+        if baselines:
+            best = joint[[r.methods.index(m) for m in baselines], s].max(axis=0)
             ax.plot(best, y, "|", ms=24, mew=1.5, color=LIGHT["ink"])
             ax.plot([], "|", ms=9, mew=1.5, color=LIGHT["ink"], label="best single-probe baseline")
         for i, mark, size, colour, lane in shown:
@@ -167,7 +173,64 @@ def cells(r: Results) -> Figure:
     return fig
 
 
-ORDER = ("predictor", "pretrain", "cpt", "sft", "sft_mse")
+def calls(side: Side, splits: list[str], k: int) -> Figure:
+    """Joint against denoiser calls, on a logarithmic axis, a line per split with its sd over seeds."""
+    fig = Figure(figsize=(11, 3.4), layout="constrained")
+    ax = fig.subplots()
+    x = np.array([max(line.x, 1) for line in side.lines])
+    for s, (split, mark) in enumerate(zip(splits, ("o-", "D--"), strict=False)):
+        joint, sd = (np.array([getattr(line, n)[s] for line in side.lines]) for n in ("joint", "sd"))
+        ax.errorbar(
+            x, joint, np.nan_to_num(sd), fmt=mark, color=LIGHT["ours"], alpha=(1, 0.6)[s], ms=5, lw=1.4
+        )
+        ax.annotate(
+            split.replace("_", " "), (x[-1], joint[-1]), (6, 0), textcoords="offset points", va="center"
+        )
+    ax.set(xscale="log", xlabel="denoiser calls per query", ylabel=f"Joint@{k}")
+    ax.set_xticks(x, [f"{v:g}" for v in x])
+    ax.minorticks_off()
+    return fig
+
+
+def frontiers(lines: list[Side], splits: list[str], k: int) -> Figure:
+    """Attribute against Purity along each curve, one panel per split; points carry their x."""
+    fig = Figure(figsize=(11, 4), layout="constrained")
+    axes = fig.subplots(1, len(splits), sharex=True, sharey=True, squeeze=False)[0]
+    for s, (ax, split) in enumerate(zip(axes, splits, strict=True)):
+        ax.set(title=split.replace("_", " "), xlabel=f"Purity@{k}")
+        for side in lines:
+            at = np.array([(line.purity_of[s], line.attribute_of[s]) for line in side.lines])
+            colour = LIGHT["rival" if side.name == "steering" else "ours"]
+            ax.plot(*at.T, "o-", color=colour, ms=4.5, lw=1.4, label=f"{side.title} {side.x}".strip())
+            for (x, y), line in zip(at, side.lines, strict=True):
+                ax.annotate(
+                    f"{line.x:g}", (x, y), (4, 4), textcoords="offset points", fontsize=7, color=colour
+                )
+    axes[0].set_ylabel(f"Attribute@{k}")
+    axes[0].legend(fontsize=8)
+    return fig
+
+
+def checkpoints(found: list[Step], splits: list[str], k: int) -> Figure:
+    """Validation Joint, Attribute and Purity against step, a line per stage (and split, for Joint)."""
+    fig = Figure(figsize=(11, 3), layout="constrained")
+    axes = fig.subplots(1, len(splits) + 2)
+    folders = list(dict.fromkeys(step.folder for step in found))
+    titles = [f"Joint@{k}, {s.replace('_', ' ')}" for s in splits] + [f"Attribute@{k}", f"Purity@{k}"]
+    for i, folder in enumerate(folders):
+        line = np.array([(f.step, *f.joint, f.attribute, f.purity) for f in found if f.folder == folder])
+        colour = LIGHT[("ours", "rival", "rival2", "rival3", "kin")[i % 5]]
+        for ax, y in zip(axes, line.T[1:], strict=True):
+            ax.plot(line[:, 0], y, "o-", color=colour, ms=4, lw=1.4, label=folder)
+    for ax, title in zip(axes, titles, strict=True):
+        ax.set_title(title, fontsize=9)
+        ax.set_xlabel("step")
+        ax.locator_params(nbins=4)
+    axes[0].legend(fontsize=8)
+    return fig
+
+
+ORDER = ("predictor", "pretrain", "cpt", "sft", "hppo", "sft_mse")
 
 
 def curves(workdir: Path) -> Figure | None:
@@ -188,7 +251,7 @@ def curves(workdir: Path) -> Figure | None:
     for ax in axes[len(stages) :]:
         ax.set_axis_off()
     for ax, stage in zip(axes, stages, strict=False):
-        colour = LIGHT["ours" if stage in ("pretrain", "cpt", "sft") else "rival"]
+        colour = LIGHT["ours" if stage in ("pretrain", "cpt", "sft") or "hppo" in stage else "rival"]
         for line in logs[stage]:
             dot = "o" if len(line) < 12 else ""
             ax.plot(*line.T, color=colour, lw=1.3, alpha=0.85, marker=dot, ms=3)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -37,9 +39,12 @@ def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 def same_run(config: ConfigDict, catalogue: Catalogue, workdir: Path) -> None:
     """Note config and catalogue in `workdir`, or raise InputError if it holds a run of others.
 
-    Seeds may join a run, and where it runs (mesh, folder of the data) may change.
+    Seeds may join a run, and where it runs (mesh, folder of the data) may change. Beside the config stand
+    `command`, kept where the config has none, and `environment`, that of the last command that ran.
     """
     new = json.loads(config.to_json_best_effort())
+    new["environment"] = {name: version(name) for name in ("jax", "flax")}
+    new["environment"] |= {"device": jax.devices()[0].device_kind, "devices": jax.device_count()}
     new["catalogue_digest"] = _digest(catalogue)
     path = workdir / "config.json"
     workdir.mkdir(parents=True, exist_ok=True)
@@ -53,11 +58,12 @@ def same_run(config: ConfigDict, catalogue: Catalogue, workdir: Path) -> None:
                 problem = f"{workdir} holds a run with another {name.replace('_', ' ')}"
                 raise InputError("--workdir", problem, "choose another --workdir")
         new["seeds"] = sorted({*old["seeds"], *new["seeds"]})
+        new = {"command": old["command"]} | new if "command" in old else new
     write_text(path, json.dumps(new, indent=1, sort_keys=True))
 
 
 def _what(config: dict[str, Any], name: str) -> Any:
-    if name in ("seeds", "mesh"):
+    if name in ("seeds", "mesh", "command", "environment", "ablations"):
         return None
     value = config.get(name)
     return {k: v for k, v in value.items() if k != "folder"} if name == "catalogue" else value

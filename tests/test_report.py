@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 
 from experiments import report
+from experiments.packed import decode, encode, read_packed, save_packed
+from experiments.report_rows import portable, read_about, read_results, read_run
+from experiments.report_tables import make_table, sides, steps, text_report, text_table
 from genret.types import InputError
 
 # Joint of (item logp, item tpsa, pattern logp, pattern tpsa), seeds 0 and 1; K = 4, patterns 5 5 7.
@@ -42,7 +45,10 @@ def rows_by_hand() -> list[dict]:
             "joint": joint, "attribute": 0.5, "purity": PURITY.get(method, 0.6),
             "normalised_joint": 0.8, "probes": 1, "calls": 2 if domain == "tpsa" else 1,
             "uses": USES.get(method, "labels"), "index": "exact", "ann_recall": 1 - joint / 100,
-            "per_context": {"pattern": [5, 5, 7], "joint": HITS.get(method, [[1, 1, 1]] * 2)[seed]},
+            "per_context": {
+                "pattern": [5, 5, 7], "joint": HITS.get(method, [[1, 1, 1]] * 2)[seed],
+                "attribute": [2, 2, 2], "purity": [3, 3, 2],
+            },
         }
         for method, by_seed in JOINT.items()
         for seed, joints in enumerate(by_seed)
@@ -74,7 +80,7 @@ def workdir(tmp_path):
 
 
 def test_table_by_hand(workdir):
-    table = report.make_table(report.read_results(workdir / "results.jsonl"))
+    table = make_table(read_results(workdir / "results.jsonl"))
     # Rows: seed mean, steering, MO-DiT, and the reference, which the file holds third, last.
     by_hand = [
         [0.25, 0.375, 0.25, 0.25, 0.25, 0.5, 0.5, 0.75, 0.8],
@@ -92,7 +98,7 @@ def test_table_by_hand(workdir):
 
 
 def test_text_table_marks_the_best_and_rules_off_references(workdir):
-    text = report.text_table(report.read_results(workdir / "results.jsonl"))
+    text = text_table(read_results(workdir / "results.jsonl"))
     ours = next(line for line in text.splitlines() if line.startswith("> MO-DiT"))
     assert ours.split() == (
         "> MO-DiT *.500±.141*.438±.088 *.500*.500 *.500 .375 *.500 .700*.800 1 1-2 labels".split()
@@ -104,44 +110,19 @@ def test_text_table_marks_the_best_and_rules_off_references(workdir):
     assert max(map(len, lines)) <= 140
 
 
-def test_verdicts_by_hand(workdir):
-    found = report.verdicts(report.read_results(workdir / "results.jsonl"))
-    figures = {v.text.split(" in Joint")[0].removeprefix("cells where MO-DiT is "): v for v in found}
-    # Differences to the seed mean .25 .25 .25 -.125, mean .15625; to steering 0 .25 .25 .125:
-    # a tie is not ahead. Best of the two per cell: .5 .25 .25 .5, mean .375.
-    assert figures["ahead of seed mean"].figure == "3 of 4"
-    assert figures["ahead of seed mean"].text.endswith("+.156 on average")
-    assert figures["ahead of linear-probe steering"].figure == "3 of 4"
-    best = "ahead of the best single-probe baseline of each cell (picked on test)"
-    assert figures[best].figure == "2 of 4"
-    # (.46875 - .375) / (.75 - .375) = .25
-    assert [v.figure for v in found[3:]] == ["25%", ".050", "0.9925"]
-    assert "plain pretrained" not in str(found) and "contrastive" not in str(found)
-
-
-def test_intervals_average_seeds_then_patterns(workdir):
-    found = report.intervals(report.read_results(workdir / "results.jsonl"))
-    assert [(i.rival, i.split, i.domain) for i in found] == [
-        (rival, *cell) for rival in ("seed mean", "linear-probe steering") for cell in CELLS
-    ]
-    # Hits of MO-DiT over seeds 3 3 2, less 1 1 1, over K: .5 .5 .25. Pattern 5 has .5, 7 has .25.
-    assert found[0][3:] == pytest.approx((0.375, 0.25, 0.5))
-    assert str(found[0]) == "+.375 [+.250, +.500]"
-
-
 def test_a_seed_that_is_not_evaluated_yet_is_named(workdir):
     rows = [r for r in rows_by_hand() if (r["method"], r["seed"]) != ("seed mean", 1)]
-    found = report.read_results(save(workdir, rows))
+    found = read_results(save(workdir, rows))
     assert found.unfinished() == ["seed mean lacks seed 1"]
-    table = report.make_table(found)
+    table = make_table(found)
     assert table.numbers[0, 0] == 0.25 and np.isnan(table.sd[0]).all()
-    assert "unfinished: seed mean lacks seed 1" in report.text_report(found)
+    assert "unfinished: seed mean lacks seed 1" in text_report(found)
 
 
 def test_a_run_without_our_method_has_a_table_and_no_verdict(workdir):
-    found = report.read_results(save(workdir, rows_by_hand()[:16]))
-    assert not report.verdicts(found) and not report.intervals(found)
-    assert "linear-probe steering" in report.text_report(found)
+    found = read_results(save(workdir, rows_by_hand()[:16]))
+    text = text_report(found)
+    assert "linear-probe steering" in text and "ahead" not in text and "Paired" not in text
 
 
 def changed(at: int, **fields) -> list[dict]:
@@ -157,7 +138,7 @@ def changed(at: int, **fields) -> list[dict]:
         (changed(3, k=20), "mixes k 20 and 4"),
         (changed(3, n_items=5), "mixes n_items 1000 and 5"),
         (changed(3, catalogue="other"), "mixes catalogue"),
-        (changed(9, per_context={"pattern": [5, 7, 7], "joint": [1, 1, 1]}), "sets of contexts"),
+        (changed(9, per_context={"pattern": [5, 7, 7]}), "sets of contexts in item_holdout/tpsa"),
         (rows_by_hand() + rows_by_hand()[:1], "a row twice"),
         (rows_by_hand()[1:], "lacks cells of seed mean, seed 0"),
         ([{"step": 3}], "not of an evaluation"),
@@ -165,7 +146,7 @@ def changed(at: int, **fields) -> list[dict]:
 )
 def test_refuses(tmp_path, rows, problem):
     with pytest.raises(InputError, match=problem):
-        report.read_results(save(tmp_path, rows))
+        read_results(save(tmp_path, rows))
 
 
 class Page(HTMLParser):
@@ -202,14 +183,15 @@ class Page(HTMLParser):
 
 
 def test_page_is_whole_and_fetches_nothing(workdir, capsys):
-    report.main(workdir)
-    assert "3 of 4  cells where MO-DiT is ahead of seed mean" in capsys.readouterr().out
+    report.main(workdir, "", "")
+    said = capsys.readouterr().out
+    assert "3 of 4  cells where MO-DiT is ahead of seed mean" in said and "k<NN" in said
     text = (workdir / "report.html").read_text()
     page = Page(text)
     assert not page.open and not page.fetched
     assert "http" not in text and "@import" not in text and "<script" not in text
     assert len(set(page.ids)) == len(page.ids)
-    assert page.tags.count("svg") == 3 and page.tags.count("table") == 3
+    assert page.tags.count("svg") == 3 and page.tags.count("table") == 5  # 3 are of paired differences
     said = " ".join(page.text)
     # Names are data, never markup; the predictor's Spearman is the mean of .4 and .5.
     for words in ("<b>tiny</b> & co", "</pre><i>", "k<NN", ".450", "25%", "+.375"):
@@ -221,9 +203,202 @@ def test_page_is_whole_and_fetches_nothing(workdir, capsys):
 
 def test_page_needs_only_the_results(tmp_path):
     save(tmp_path, [r for r in rows_by_hand() if r["seed"] == 0])
-    report.main(tmp_path)
+    report.main(tmp_path, "", "")
     page = Page((tmp_path / "report.html").read_text())
     assert page.tags.count("svg") == 2 and "±" not in "".join(page.text)
+
+
+def side_rows(table: str, joints: dict[str, list[float]], x: dict | None = None, **fields) -> list[dict]:
+    """Rows of a side table: the same Joint in every cell, one for each of two seeds; hits of K = 4."""
+    return [
+        row | {"method": name, "table": table, "x": (x or {}).get(name), "joint": joint, "uses": "labels"}
+        | fields | {"per_context": row["per_context"] | {"joint": [round(4 * joint)] * 3}}
+        for name, by_seed in joints.items()
+        for row, joint in zip(rows_by_hand()[:8], np.repeat(by_seed, 4).tolist(), strict=True)
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def full(workdir):
+    """The run with three side tables, two of them curves, and two checkpoints of SFT."""
+    rows = [row | {"table": "main", "x": None} for row in rows_by_hand()]
+    rows += side_rows(
+        "order", {"CPT ascending": [0.75, 0.75], "CPT shuffled": [0.5, 0.5], "CPT noise": [0.25, 0.5]}
+    )
+    x = {"w = 2": 2, "w = 0": 0, "s = .4": 0.4, "s = .8": 0.8}
+    rows += side_rows("guidance", {"w = 2": [0.5, 0.75], "w = 0": [0.25, 0.25]}, x, calls=2)
+    rows += side_rows("steering", {"s = .4": [0.25, 0.25], "s = .8": [0.5, 0.5]}, x)
+    save(workdir, rows)
+    config = json.loads((workdir / "config.json").read_text())
+    config["command"] = (
+        "python -m experiments.run --config=experiments/configs/modit.py --workdir=/home/x/tiny"
+    )
+    (workdir / "config.json").write_text(json.dumps(config))
+    checkpoints = [
+        dict(folder="sft", step=step, split=split, domain=domain, seed=seed, joint=step / 100 + 0.1 * seed,
+             attribute=0.5, purity=0.25 + 0.5 * (domain == "logp"))
+        for step in (20, 10) for seed in range(2) for split, domain in CELLS
+    ]  # fmt: skip
+    (workdir / "checkpoints.jsonl").write_text("".join(json.dumps(row) + "\n" for row in checkpoints))
+    return workdir
+
+
+def test_side_tables_by_hand(full):
+    order, guidance, steering = sides(read_run(full))
+    assert [line.method for line in order.lines] == ["CPT ascending", "CPT shuffled", "CPT noise"]
+    noise = order.lines[2]
+    # Seeds .25 and .5: mean .375, sd .1768; hits 1 and 2 of 4, less 2 of 4: -.125 in every context.
+    np.testing.assert_allclose(noise.joint, [0.375, 0.375])
+    np.testing.assert_allclose(noise.sd, [0.25 / 2**0.5] * 2)
+    assert noise.rival == "CPT shuffled" and noise.gain[:3] == (-0.125, -0.125, -0.125)
+    assert order.lines[1].rival is None and order.lines[0].gain.mean == 0.25
+    assert [line.x for line in guidance.lines] == [0, 2] and [line.x for line in steering.lines] == [0.4, 0.8]
+    assert guidance.x == "w" and guidance.lines[1].calls == "2" and guidance.lines[1].gain is None
+    text = text_report(read_run(full))
+    assert "  CPT noise" in text and ".375±.177 .375±.177   .500 .750    1-2  -.125 [-.125, -.125] to" in text
+    assert "   +.250  Joint@4 of CPT ascending minus CPT shuffled, [+.250, +.250], p <.001" in text
+    # The main table holds the main rows alone; each table says how to make it again.
+    assert "CPT" not in text.split("references:")[0]
+    assert "$ python -m experiments.run --config=experiments/configs/modit.py --workdir=runs/tiny\n" in text
+    assert (
+        "experiments.evaluate --config=experiments/configs/modit.py --workdir=runs/tiny --methods='^order: '"
+        in text
+    )
+
+
+def test_checkpoints_by_hand(full):
+    first, second = steps(read_run(full))
+    assert (first.folder, first.step, first.seeds, second.step) == ("sft", 10, 2, 20)
+    np.testing.assert_allclose(first.joint, [0.15, 0.15])  # .1 and .2 over seeds
+    assert (first.attribute, first.purity) == (0.5, 0.5)
+    text = text_report(read_run(full))
+    assert "sft        20     2     .250     .250   .500 .500" in text
+    assert "--checkpoints=sft" in text
+
+
+def test_page_shows_every_table_and_curve(full):
+    report.main(full, "", "")
+    text = (full / "report.html").read_text()
+    page = Page(text)
+    assert not page.open and not page.fetched and len(set(page.ids)) == len(page.ids)
+    said = " ".join(page.text)
+    for words in (
+        "The order of the walks in CPT",
+        "to CPT shuffled",
+        "--methods='^guidance: '",
+        "Guidance w",
+    ):
+        assert words in said
+    # Frontier, cells, guidance beside steering, checkpoints, training.
+    assert page.tags.count("svg") == 5 and "/home/x" not in text
+
+
+def test_a_packed_file_gives_the_same_report(full, tmp_path, capsys):
+    path = tmp_path / "deep" / "tiny.jsonl"
+    report.main(full, str(path), "")
+    of_run = capsys.readouterr().out
+    report.main(None, "", str(path))
+    assert of_run.startswith(capsys.readouterr().out)
+    assert f"\n{path}\n" in of_run
+    report.main(tmp_path / "page", "", str(path))
+    assert "CPT shuffled" in (tmp_path / "page" / "report.html").read_text()
+    a, b = read_run(full), read_packed(path)
+    for name in a.values:
+        np.testing.assert_array_equal(a.values[name], b.values[name])
+    for at, hits in b.hits.items():
+        np.testing.assert_array_equal(hits, a.hits[at])
+    # References and curves are held against nothing, so their contexts are not kept; all of ours are.
+    assert {at[1] for at in b.hits} == {
+        "seed mean", "linear-probe steering", "MO-DiT", "CPT ascending", "CPT shuffled", "CPT noise"
+    }  # fmt: skip
+    text = path.read_text()
+    assert "/home/" not in text and str(tmp_path) not in text
+    header = json.loads(text.splitlines()[0])
+    assert header["rows"]["k"] == 4 and header["config"]["model"] == {"anchor": "</pre><i>"}
+    assert header["environment"]["packed with"].keys() == {"jax", "flax"}
+    # Packed again it is the same file.
+    assert save_packed(b, tmp_path / "again.jsonl").read_text() == text
+
+
+def test_a_packed_file_is_small(tmp_path):
+    """5 seeds, 8 cells, 300 contexts, 60 methods: below 1.5 MB."""
+    rng, rows = np.random.default_rng(0), []
+    cells = [(s, d) for s in ("item_holdout", "pattern_holdout") for d in "abcd"]
+    for m in range(60):
+        for seed in range(5):
+            for split, domain in cells:
+                row = rows_by_hand()[0] | {
+                    "method": f"method of a long enough name {m}",
+                    "seed": seed,
+                    "k": 20,
+                }
+                row |= {
+                    "split": split,
+                    "domain": domain,
+                    "setting": ["sft", 0.0, 0.9],
+                    "ann_recall": 0.999123,
+                }
+                row |= {
+                    n: round(rng.random(), 6) for n in ("joint", "attribute", "purity", "normalised_joint")
+                }
+                lists = {n: rng.integers(21, size=300).tolist() for n in ("joint", "attribute", "purity")}
+                row["per_context"] = {"pattern": list(range(300)), **lists}
+                rows.append(row)
+    path = save_packed(read_results(save(tmp_path, rows)), tmp_path / "packed.jsonl")
+    assert path.stat().st_size < 1_500_000
+    assert len(read_packed(path).hits) == 60 * 8 * 3
+
+
+@pytest.mark.parametrize("most", [0, 35, 36, 1295, 1296])
+def test_counts_survive_their_encoding(most):
+    counts = np.append(np.random.default_rng(most).integers(most + 1, size=40), most)
+    said = encode(counts)
+    assert isinstance(said, list) == (most == 1296)
+    assert len(said) == 41 * (1 + (35 < most < 1296))
+    np.testing.assert_array_equal(decode(said, 41), counts)
+    with pytest.raises(InputError, match="41|82"):
+        decode(said, 40)
+    # By hand: 35 is z, 36 is 10 in base 36.
+    assert encode(np.array([3, 35])) == "3z" and encode(np.array([3, 36])) == "0310"
+
+
+@pytest.mark.parametrize("text", ["", "{}\n", '{"genret": "results", "version": 2}\n', "no json", "[1]\n"])
+def test_refuses_what_is_no_packed_file(tmp_path, text):
+    (tmp_path / "x.jsonl").write_text(text)
+    with pytest.raises(InputError, match="is not a packed run"):
+        read_packed(tmp_path / "x.jsonl")
+    with pytest.raises(InputError, match="does not exist"):
+        read_packed(tmp_path / "y.jsonl")
+
+
+def test_rows_of_old_files_are_of_the_main_table(workdir):
+    found = read_run(workdir)
+    assert found.tables == {"main": found.methods} and found.x("MO-DiT") is None
+    mixed = [*rows_by_hand(), *side_rows("order", {"CPT ascending": [0.75, 0.5]})]
+    assert read_results(save(workdir, mixed)).tables["order"] == ["CPT ascending"]
+    packed = save_packed(read_run(workdir), workdir / "packed.jsonl")
+    assert text_report(read_packed(packed)) == text_report(read_run(workdir))
+
+
+def test_no_path_of_the_machine_is_told(tmp_path):
+    said = "python -m experiments.run --config=modit.py:data=/home/x/mine.parquet,seeds=0 --workdir=/tmp/a/b"
+    assert portable(said) == (
+        "python -m experiments.run --config=modit.py:data=mine.parquet,seeds=0 --workdir=runs/b"
+    )
+    assert portable({"a": ["/tmp/x/y", "~/z", "data", "p/q", 3]}) == {"a": ["y", "z", "data", "p/q", 3]}
+    # Without a stored command it is what the config tells.
+    config = {
+        "seeds": [0, 1],
+        "model": {"size": "demo"},
+        "catalogue": {"data": "moses", "folder": "/tmp/data"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    about = read_about(tmp_path)
+    assert about.config["catalogue"]["folder"] == "data"
+    assert about.command == (
+        "python -m experiments.run --config=experiments/configs/modit.py:size=demo,data=moses,seeds=0+1 "
+        f"--workdir=runs/{tmp_path.name}"
+    )
 
 
 def test_command_says_what_is_missing(tmp_path):
@@ -233,3 +408,7 @@ def test_command_says_what_is_missing(tmp_path):
     )
     assert done.returncode == 1
     assert done.stderr.strip().startswith("error: ") and "holds no rows" in done.stderr
+    done = subprocess.run(
+        command[:-1], capture_output=True, text=True, cwd=Path(report.__file__).parents[1], check=False
+    )
+    assert done.returncode == 1 and "error: --workdir: is not given" in done.stderr

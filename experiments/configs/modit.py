@@ -1,10 +1,11 @@
-"""MO-DiT stages 1-3 on MOSES, the Kaggle catalogues, or your own Parquet.
+"""MO-DiT+HPPO on MOSES, the Kaggle catalogues, or your own Parquet.
 
     --config=experiments/configs/modit.py:size=demo
-    --config=experiments/configs/modit.py:size=demo,data=mine.parquet,seeds=0+1+2
+    --config=experiments/configs/modit.py:size=evidence,data=mine.parquet,seeds=0+1+2
 
-Arguments: size (test, demo, S, B, L), data (moses, fashion, streaming or the path of a catalogue),
-raw (folder or file of the Kaggle CSVs), embeddings (already computed, for those CSVs), seeds (0+1+2).
+Arguments: size (test, demo, evidence, S, B, L), data (moses, scaffold, fashion, streaming or the path of a
+catalogue), raw (folder or file of the Kaggle CSVs), embeddings (already computed, for those CSVs),
+seeds (0+1+2), ablations (tables of experiments/recipes.py: stages+order+pool+preconditioning).
 
 Expected, MOSES 40k, 2 CPU cores, mean Joint@20 over four domains on item / pattern holdout, three seeds:
     demo   MO-DiT .351 / .371, steering .338 / .361 (README), 5 minutes a seed
@@ -17,22 +18,26 @@ from ml_collections import ConfigDict
 from experiments.arguments import parse
 from genret.types import InputError
 
-# steps of (pretrain, cpt, sft), batch size, learning rate
+# steps of (pretrain, cpt, sft, a round of hppo), rounds, batch size, learning rate
 BUDGET = {
-    "test": ((6, 6, 6), 32, 1e-3),
-    "demo": ((200, 250, 200), 256, 1e-3),
-    "S": ((50_000, 20_000, 5_000), 1024, 3e-4),
-    "B": ((100_000, 30_000, 10_000), 2048, 2e-4),
-    "L": ((200_000, 30_000, 10_000), 4096, 1e-4),
+    "test": ((6, 6, 6, 4), 2, 32, 1e-3),
+    "demo": ((200, 250, 200, 60), 2, 256, 1e-3),
+    "evidence": ((200, 250, 200, 80), 3, 256, 1e-3),
+    "S": ((50_000, 20_000, 5_000, 1_000), 3, 1024, 3e-4),
+    "B": ((100_000, 30_000, 10_000, 1_000), 3, 2048, 2e-4),
+    "L": ((200_000, 30_000, 10_000, 1_000), 3, 4096, 1e-4),
 }
+SMALL = ("test", "demo", "evidence")  # sized for CPUs
 
 
 def get_config(argument: str = "") -> ConfigDict:
     """The whole tree of defaults; every leaf is read, and an unknown one is refused."""
-    arg = parse(argument, size="demo", data="moses", raw="", embeddings="", seeds="0")
+    arg = parse(argument, size="demo", data="moses", raw="", embeddings="", seeds="0", ablations="")
     if arg.size not in BUDGET:
         raise InputError("size", f"unknown size {arg.size!r}", f"use one of {', '.join(BUDGET)}")
-    steps, batch, rate = BUDGET[arg.size]
+    steps, rounds, batch, rate = BUDGET[arg.size]
+    tiny, evidence = arg.size == "test", arg.size == "evidence"
+    given = ",".join(f"{k}={v}" for k, v in vars(arg).items() if v and k != "seeds")
 
     def fit(steps: int, **kw) -> dict:
         options = dict(
@@ -53,38 +58,41 @@ def get_config(argument: str = "") -> ConfigDict:
     if not all(s.isdigit() for s in arg.seeds.split("+")):
         raise InputError("seeds", f"cannot read {arg.seeds!r}", "write seeds=0+1+2")
     c.seeds = tuple(int(s) for s in arg.seeds.split("+"))  # one whole run each: labels, cells, training
+    c.ablations = tuple(filter(None, arg.ablations.split("+")))  # tables of experiments/recipes.py
+    c.command = f"python -m experiments.run --config=experiments/configs/modit.py:{given},seeds={arg.seeds}"
     c.catalogue = dict(
-        data=arg.data,  # moses, fashion, streaming, or a path
+        data="moses" if arg.data == "scaffold" else arg.data,  # moses, fashion, streaming, or a path
         folder="data",  # where built catalogues are kept
         raw=arg.raw,  # Kaggle CSVs
         embeddings=arg.embeddings,  # npy in the documented order; empty = encode here
-        num_items=2_000 if arg.size == "test" else 40_000,  # moses: molecules to sample (0 = all 1.9 M)
-        pattern="cells",  # moses: cells or scaffold
+        num_items=2_000 if tiny else 200_000 if evidence else 40_000,  # moses: sampled (0 = all 1.9 M)
+        pattern="scaffold" if arg.data == "scaffold" else "cells",  # moses: cells or scaffold
         cells={"fashion": 400, "streaming": 300}.get(arg.data, 0),  # evaluation cells (0 = N / 64)
-        seed=0,  # of the sample, the cells and the split
+        seed=7 if evidence else 0,  # of sample, cells and split; the test of 0 was seen in development
         pattern_fraction=0.2,  # of patterns held out
         item_fraction=0.2,  # of each other pattern's groups held out
     )
     c.labels = dict(
         budget=0.05,  # share of training items probed (papers' A.3: 1 to 5 %)
-        predictor=fit(40 if arg.size == "test" else 600, learning_rate=1e-3, weight_decay=0.05),
+        sweep=(0.01, 0.02, 0.2) if evidence else (),  # more budgets, for the report on the predictor alone
+        predictor=fit(40 if tiny else 600, learning_rate=1e-3, weight_decay=0.05),
     )
     c.latent = dict(
-        sizes=(32, 48, 80),  # mean items of a latent cell, one clustering each
-        seeds=4,  # clusterings per size
+        sizes=(40, 64) if evidence else (32, 48, 80),  # mean items of a latent cell, one clustering each
+        seeds=2 if evidence else 4,  # clusterings per size
         smallest=24,  # items; smaller cells are not used
         neighbours=20,  # of the walk's kNN graph (GTG: 20 to 50)
         tail_share=0.1,  # papers' A.7
         tail_least=8,  # items, papers' A.7
     )
     c.model = dict(
-        size=arg.size,  # see diffusion/dit.py
+        size="demo" if evidence else arg.size,  # see diffusion/dit.py
         centred=True,  # False: plain preconditioning, the ablation
         anchor_steering=0.4,  # strength of the linear probe in the anchor; 0 = the seed mean alone
         per_coordinate=False,  # one data std per coordinate instead of one for all
         noise="log_uniform",  # or log_normal
         drop_domain=0.1,  # share of examples under the null domain, for guidance
-        dtype="bfloat16" if arg.size in ("S", "B", "L") else "float32",  # of the matmuls
+        dtype="float32" if arg.size in SMALL else "bfloat16",  # of the matmuls
         attention="",  # "" lets JAX choose; "cudnn" is the fused kernel on NVIDIA GPUs, in bfloat16
     )
     c.batch = batch  # examples per step
@@ -92,15 +100,40 @@ def get_config(argument: str = "") -> ConfigDict:
     c.replay = 0.15  # share of CPT batches replayed from stage 1 (papers' A.6)
     c.stages = {
         name: fit(n, learning_rate=r)
-        for name, n, r in zip(("pretrain", "cpt", "sft"), steps, (rate, rate / 2, rate / 2), strict=True)
+        for name, n, r in zip(("pretrain", "cpt", "sft"), steps[:3], (rate, rate / 2, rate / 2), strict=True)
     }
+    c.hppo = dict(
+        steps=steps[3],  # of a round
+        rounds=rounds,  # each with pools made by the parameters of the moment
+        contexts=128 if tiny else 1024,  # of a round
+        samples=2 if tiny else 4,  # of the model per context (papers' A.8: 8)
+        policy="hybrid",  # or deterministic, on_policy
+        batch=batch,  # pairs per step
+        pairs=dict(
+            margin=2,  # items of Joint (papers' A.8: two)
+            filter="pair",  # Pareto filter: off, pair, reference, both, dominance
+            cap=4,  # pairs per context
+            on_policy_share=0.9,  # of winners, at least (papers' A.8: half)
+            near=0.2,  # radians; so near to the model's own query counts as its own
+            improve=True,  # winners must beat the model's one-call query
+            apart=0.45,  # radians from either side to that query, at most
+        ),
+        preference=dict(
+            beta=0.1,  # on the summed error; 13 per coordinate at width 128
+            safe=0.9,  # mu of the safe loser scale
+            guard=1.0,  # against a rising winner error, in units of beta / 2
+            anchor=0.0,  # of the winner's own error
+            draws=2,  # noise draws per pair (papers' A.8: 4)
+        ),
+        fit=fit(0, learning_rate=rate, warmup=5, log_every=20),  # steps and checkpoints follow the rounds
+    )
     c.retrieval = dict(
-        weight=1.0,  # of the retrieval-aware term in SFT; 0 = the paper's recipe
+        weight=1.0,  # of the retrieval-aware term in HPPO; 0 = the paper's recipe
         temperature=0.035,  # of its softmax over cosines
         corpus=32_768,  # its candidates per step
     )
     c.contrastive = dict(
-        steps=(4,) if arg.size == "test" else (60, 200),  # runs; validation picks one
+        steps=(4,) if tiny else (200, 600) if evidence else (60, 200),  # runs; validation picks one
         fit=fit(0, warmup=10, weight_decay=0.05, ema_decay=0.9, log_every=20),  # steps come from above
     )
     c.mesh = dict(data=-1, fsdp=1, tensor=1)  # devices per axis; -1 takes what is left
@@ -110,11 +143,11 @@ def get_config(argument: str = "") -> ConfigDict:
         seeds=8,  # items per context
         least_seeds=4,  # a context with fewer is not asked
         least_positives=5,  # a pattern with fewer is not asked
-        per_pattern=2,  # contexts per (pattern, domain)
-        samples=4 if arg.size == "test" else 8,  # for "mean of n" and "n merged"
-        reaches=(1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 1.2),  # of the query past the seed mean; tried on validation
+        per_pattern=1 if evidence else 2,  # contexts per (pattern, domain)
+        patterns=250 if evidence else 0,  # per (split, domain), at most; 0 = all
+        samples=4 if tiny else 8,  # for "mean of n" and "n merged"
+        reaches=(1.0, 0.8, 0.9, 1.1, 1.25, 1.5, 2.0),  # of the query past the seed mean; tried on validation
         guidance=(1.0, 2.0),  # classifier-free, on the domain; tried on validation at reach 1
-        purity_slack=0.04,  # Purity that MO-DiT's setting may lose to the seed mean on validation
         seed=0,  # of the contexts: the same for every run
     )
     return c
