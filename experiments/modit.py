@@ -65,12 +65,14 @@ class Run:
             self.catalogue, build_index(e.index, self.catalogue.embeddings, depth, self.mesh), e.k
         )
 
+    @functools.cache  # noqa: B019
     def contexts(self, stage: str) -> protocol.Contexts:
         """Validation or test contexts; the same for every seed."""
         e = self.config.evaluation
+        most = e.patterns if stage == "test" else e.validation_patterns
         return protocol.draw_contexts(
             self.catalogue, self.splits, stage, seeds=e.seeds, least_seeds=e.least_seeds,
-            least_positives=e.least_positives, per_pattern=e.per_pattern, patterns=e.patterns, seed=e.seed,
+            least_positives=e.least_positives, per_pattern=e.per_pattern, patterns=most, seed=e.seed,
         )  # fmt: skip
 
     @functools.cached_property

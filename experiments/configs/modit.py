@@ -113,8 +113,8 @@ def get_config(argument: str = "") -> ConfigDict:
             margin=2,  # items of Joint (papers' A.8: two)
             filter="pair",  # Pareto filter: off, pair, reference, both, dominance
             cap=4,  # pairs per context
-            on_policy_share=0.9,  # of winners, at least (papers' A.8: half)
-            near=0.2,  # radians; so near to the model's own query counts as its own
+            on_policy_share=1.0,  # of winners, at least (papers' A.8: half); others know more than seeds tell
+            near=0.0,  # radians; so near to one of the model's own counts as its own (papers' A.8: 0.2)
             improve=True,  # winners must beat the model's one-call query
             apart=0.45,  # radians from either side to that query, at most
         ),
@@ -144,7 +144,8 @@ def get_config(argument: str = "") -> ConfigDict:
         least_seeds=4,  # a context with fewer is not asked
         least_positives=5,  # a pattern with fewer is not asked
         per_pattern=1 if evidence else 2,  # contexts per (pattern, domain)
-        patterns=250 if evidence else 0,  # per (split, domain), at most; 0 = all
+        patterns=250 if evidence else 0,  # of test, per (split, domain), at most; 0 = all
+        validation_patterns=120 if evidence else 0,  # the same for validation
         samples=4 if tiny else 8,  # for "mean of n" and "n merged"
         reaches=(1.0, 0.8, 0.9, 1.1, 1.25, 1.5, 2.0),  # of the query past the seed mean; tried on validation
         guidance=(1.0, 2.0),  # classifier-free, on the domain; tried on validation at reach 1
