@@ -16,6 +16,7 @@ from experiments import evaluate
 from experiments.catalogues import open_catalogue
 from experiments.configs import modit
 from experiments.modit import open_run
+from experiments.report_rows import read_about
 from experiments.workdir import read_rows, same_run
 from genret.types import InputError
 
@@ -60,23 +61,31 @@ def leaves(config, prefix=""):
             yield (id(config), key), prefix + key
 
 
-def test_every_leaf_is_read_by_a_whole_run(tmp_path):
+def test_every_leaf_is_read_by_a_whole_run(tmp_path, monkeypatch):
     config = modit.get_config("size=test")
     config.catalogue.folder = str(tmp_path / "data")
     config = tracked(config)
     Reads.seen.clear()
     catalogue = open_catalogue(config.catalogue)
+    same_run(config, catalogue, tmp_path / "run")
     one = open_run(config, tmp_path / "run", config.seeds[0], catalogue)
     with contextlib.redirect_stdout(io.StringIO()):
         one.train()
-        (tmp_path / "run").mkdir(exist_ok=True)
         evaluate.evaluate_run(one, tmp_path / "run" / "results.jsonl")
     unread = {name for leaf, name in leaves(config) if leaf not in Reads.seen}
-    # Only the Kaggle builders read these two.
-    assert unread == {"catalogue.raw", "catalogue.embeddings"}
+    # Only the Kaggle builders read the first two, and only a report the third, beside the results.
+    assert unread == {"catalogue.raw", "catalogue.embeddings", "command"}
+    assert read_about(tmp_path / "run").command == config.command
     rows = read_rows(tmp_path / "run" / "results.jsonl")
     methods = {row["method"] for row in rows}
-    assert len(rows) == 8 * len(methods) and {"MO-DiT", "seed mean"} <= methods
+    assert len(rows) == 8 * len(methods) and {"MO-DiT+HPPO", "MO-DiT", "seed mean"} <= methods
+    # Each round of HPPO left its pairs, and a checkpoint for validation to choose from.
+    assert evaluate.kept_steps(one, "hppo") == list(one.rounds) == [4, 8]
+    kept = sorted(p.name for p in (one.folder / "hppo" / "rounds").iterdir())
+    assert kept == ["pairs_0.npz", "pairs_1.npz"]
+    # A finished run is not opened again.
+    monkeypatch.setattr("experiments.modit.fit", lambda *_, **__: pytest.fail("trained again"))
+    one.train()
 
     # A second evaluation adds nothing; one that was killed in the middle of a row ends the same.
     results = tmp_path / "run" / "results.jsonl"

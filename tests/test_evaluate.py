@@ -80,7 +80,8 @@ def test_a_checkpoint_that_is_deleted_meanwhile_is_passed_over(run, tmp_path, ca
     assert {row["step"] for row in read_rows(tmp_path / "checkpoints.jsonl")} == {6}
     assert "pretrain at step 4: passed over, training has deleted it" in capsys.readouterr().out
 
-    # One that stands there and cannot be read is an error.
+    # One that stands there and cannot be read is an error, to a run that has not read it before.
+    one = open_run(one.config, tmp_path, 0, one.catalogue)
     card = one.folder / "pretrain" / "checkpoints" / "6" / "card"
     shutil.rmtree(card)
     with pytest.raises(Exception, match="card|metadata|item"):
@@ -142,9 +143,15 @@ def test_the_command_and_the_machine_are_kept_beside_the_config(molecules, tmp_p
     same_run(config, molecules, tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
     assert stored["environment"]["device"] and stored["environment"].keys() >= {"jax", "flax", "devices"}
+    said = "python -m experiments.run --config=experiments/configs/modit.py:size=test,data=moses,seeds=0"
+    assert stored["command"] == config.command == said
     stored |= {"command": "python -m experiments.run --workdir=runs/x", "environment": {"jax": "0"}}
     (tmp_path / "config.json").write_text(json.dumps(stored))
-    same_run(config, molecules, tmp_path)  # neither makes it another run
+    silent = modit.get_config("size=test")
+    del silent.command
+    same_run(silent, molecules, tmp_path)  # neither makes it another run
     about = read_about(tmp_path)
     assert about.command == stored["command"] and about.environment["jax"] != "0"
-    assert not {"command", "environment"} & about.config.keys()
+    same_run(config, molecules, tmp_path)  # a config that says its own command goes before
+    about = read_about(tmp_path)
+    assert about.command == said and not {"command", "environment"} & about.config.keys()

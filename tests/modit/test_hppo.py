@@ -230,7 +230,7 @@ def test_pairs_on_disk_are_those_chosen(whole, fitted):
             # In the order in which the model is asked.
             assert (np.diff(fitted.predicted[m, given]) >= 0).all()
             assert np.isin(given, fitted.data.train).all() and (fitted.labels.seen[m, given] < 1).all()
-        report = json.loads(found["report"].tobytes())
+        report = json.loads(str(found["report"]))
         assert (report["round"], report["contexts"], report["pairs"]) == (number, 40, len(pairs))
         assert report["empty_pools"] == 40 - len(set(at)) and report["dropped_for_share"] == pairs.lost
         assert report["on_policy_winners"] == pytest.approx(pairs.own.mean()) and pairs.own.mean() >= 0.3
@@ -343,6 +343,29 @@ def test_a_run_killed_inside_a_round_goes_on_with_its_pairs(
             np.testing.assert_array_equal(one[name], two[name])
 
 
+def test_a_round_of_other_options_is_made_again(parts, fitted, reference, tmp_path):
+    options = dict(policy="deterministic", contexts=8)
+    _, refresh, calls = parts(fitted, tmp_path, **options)
+    first = refresh(0, reference)
+    again = parts(fitted, tmp_path, **options)[1](0, reference)
+    assert leaves_equal(first, again) and len(calls) == 1
+    labels = dataclasses.replace(fitted.labels, probes=fitted.labels.probes[:-1])
+    others = [
+        (fitted, {"rule": dataclasses.replace(RULE, margin=1)}), (fitted, {"contexts": 9}),
+        (fitted, {"seed": 1}), (dataclasses.replace(fitted, labels=labels), {}),
+    ]  # fmt: skip
+    for one, changes in others:
+        _, refresh, calls = parts(one, tmp_path, **options | changes)
+        made = refresh(0, reference)
+        assert len(calls) == 1 and str(made["card"]) != str(first["card"])
+        assert refresh(0, reference) is made and len(calls) == 1
+    # Back to the first options, back to the same pairs.
+    back = parts(fitted, tmp_path, **options)[1](0, reference)
+    for name in ("items", "domain", "winner", "loser", "card"):
+        np.testing.assert_array_equal(back[name], first[name])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["pairs_0.npz"]
+
+
 def test_a_round_without_a_pair_is_an_error_that_says_what_to_do(parts, fitted, reference, tmp_path):
     stage, _, calls = parts(fitted, tmp_path, rule=dataclasses.replace(RULE, margin=K + 1), contexts=8)
     with pytest.raises(InputError, match="none of 8 contexts yields a pair in round 2. lower hppo.pairs"):
@@ -384,9 +407,10 @@ def test_policies_and_seeds_reach_the_pool(parts, fitted, reference, tmp_path):
     winners = {}
     for policy in ("deterministic", "on_policy"):
         _, refresh, _ = parts(fitted, tmp_path / policy, policy=policy, rule=rule, contexts=20)
-        winners[policy] = json.loads(refresh(0, reference)["report"].tobytes())["winners"]
-    assert not any("sample" in name for name in winners["deterministic"])
-    assert all("sample" in name or "one-call" in name for name in winners["on_policy"])
+        winners[policy] = json.loads(str(refresh(0, reference)["report"]))["winners"]
+    own = ("sample", "one-call", "feedback")
+    assert not any(word in name for name in winners["deterministic"] for word in own[::2])
+    assert all(any(word in name for word in own) for name in winners["on_policy"])
     made = [
         parts(fitted, tmp_path / f"seed {s}", policy="on_policy", rule=rule, contexts=20, seed=s)[1]
         for s in (1, 2)

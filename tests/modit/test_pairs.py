@@ -55,7 +55,8 @@ def permitted(pool, counts, rule, q, w, l):  # noqa: E741
         ok = ok and purity[w] >= purity[-1]
     if rule.filter == "dominance":
         ok = ok and attribute[w] >= attribute[l]
-    ok = ok and angles(pool, q, w)[l] <= rule.apart
+    near = angles(pool, q, -1) <= rule.apart  # to the reference, for either side
+    ok = ok and near[w] and near[l]
     return ok and (not rule.improve or joint[w] > joint[-1])
 
 
@@ -153,15 +154,25 @@ def test_filters_by_hand():
     assert pairs(filter="reference") == {"ab", "ac", "ar", "rc"}
 
 
-def test_far_losers_are_left_out():
-    # Candidates at 0, .3, .7 and π radians, each two items better than the next.
-    angle = np.array([0.0, 0.3, 0.7, np.pi])
+def test_what_lies_far_from_the_models_query_is_on_neither_side():
+    # a, b and c at .3, -.4 and .7 radians from the query r, which is the worst, then the best but for b.
+    angle = np.array([0.3, -0.4, 0.7, 0.0])
     queries = np.stack([np.cos(angle), np.sin(angle)], -1)[None].astype(np.float32)
     pool = Pool(queries, ("made",) * 4, np.arange(4) == 3)
-    joint = np.array([[6, 4, 2, 0]])
-    for apart, expected in ((0.2, set()), (0.35, {"01"}), (0.5, {"01", "12"}), (1.0, {"01", "02", "12"})):
+
+    def pairs(joint, apart):
+        joint = np.array([joint])
         ok = allowed(pool, Counts(joint, joint, joint), dataclasses.replace(ANY, apart=apart))
-        assert {f"{w}{v}" for w, v in zip(*np.nonzero(ok[0]), strict=True)} == expected
+        return {"abcr"[w] + "abcr"[v] for w, v in zip(*np.nonzero(ok[0]), strict=True)}
+
+    # a and b are .7 from one another, and a and c .4; neither counts, only the way to r does.
+    for apart, expected in (
+        (0.2, set()), (0.35, {"ar"}), (0.45, {"ab", "ar", "br"}),
+        (0.75, {"ab", "ac", "ar", "bc", "br", "cr"}),
+    ):  # fmt: skip
+        assert pairs([6, 4, 2, 0], apart) == expected
+    assert pairs([2, 6, 0, 4], 0.45) == {"ba", "br", "ra"}  # r loses to b and wins against a
+    assert pairs([2, 6, 0, 4], 0.35) == {"ra"}
 
 
 def test_near_policy_by_hand():
@@ -239,3 +250,7 @@ def test_bad_rules_are_refused():
     for bad in ({"margin": 0}, {"cap": 0}, {"on_policy_share": -0.1}, {"on_policy_share": 1.1}):
         with pytest.raises(InputError, match="pairs: margin .* use a margin and a cap of 1 or more"):
             PairRule(**bad)
+    for bad in ({"near": -0.1}, {"near": 3.2}, {"apart": 0.0}, {"apart": 3.2}, {"apart": np.nan}):
+        with pytest.raises(InputError, match="pairs: near .* use radians in 0..3.14"):
+            PairRule(**bad)
+    PairRule(near=0.0, apart=np.pi), PairRule(near=np.pi, apart=1e-3)

@@ -65,6 +65,35 @@ def test_contexts_are_held_out_items_without_the_attribute(molecules, splits, st
     assert asked == possible and len(contexts) == count
 
 
+def test_so_many_patterns_are_asked_at_most(molecules, splits):
+    def pairs(contexts):
+        made = zip(contexts.split.tolist(), contexts.domain.tolist(), contexts.pattern.tolist(), strict=True)
+        return list(made)
+
+    every = pr.draw_contexts(molecules, splits, "test")
+    few = [pr.draw_contexts(molecules, splits, "test", patterns=3, seed=seed) for seed in (0, 1)]
+    again = pr.draw_contexts(molecules, splits, "test", patterns=3)
+    for one, two in zip(dataclasses.astuple(few[0]), dataclasses.astuple(again), strict=True):
+        np.testing.assert_array_equal(one, two)
+    possible = set(pairs(every))
+    for contexts in few:
+        asked = set(pairs(contexts))
+        assert asked < possible  # only what could be asked without a limit
+        for s in range(2):
+            for m in range(4):
+                here, there = ({p for a, b, p in x if (a, b) == (s, m)} for x in (asked, possible))
+                assert len(here) == min(3, len(there))
+        # Each is asked as often as without the limit.
+        for pair in asked:
+            assert pairs(contexts).count(pair) == pairs(every).count(pair)
+        given = contexts.seeds[contexts.seeds >= 0]
+        assert not splits.train[given].any()
+    assert set(pairs(few[0])) != set(pairs(few[1]))
+    # A limit that none reaches leaves none out.
+    wide = pr.draw_contexts(molecules, splits, "test", patterns=1000)
+    assert sorted(pairs(wide)) == sorted(pairs(every))
+
+
 def test_validation_and_test_share_no_seed_and_no_pattern_of_a_split(validation, test_contexts):
     for s in range(2):
         one, two = (c.take(np.flatnonzero(c.split == s)) for c in (validation, test_contexts))
@@ -182,6 +211,12 @@ def test_settings_below_the_purity_floor_are_passed_over(searcher, steering, val
         allowed = [s for s in steering.grid if scores[s][1][cell] >= floor[cell]]
         assert setting in allowed
         assert scores[setting][0][cell] == max(scores[s][0][cell] for s in allowed)
+    # A function is asked for the floor once a choice, and only where there is one.
+    asked = []
+    late = dataclasses.replace(steering, floor=lambda: asked.append(1) or floor)
+    assert pr.choose(late, searcher, validation) == held and asked == [1]
+    one = dataclasses.replace(steering, grid=(0.8,), floor=lambda: pytest.fail("nothing to choose"))
+    assert set(pr.choose(one, searcher, validation).values()) == {0.8}
     none = dataclasses.replace(steering, floor=dict.fromkeys(kept, 2.0))  # then Joint alone decides
     assert pr.choose(none, searcher, validation) == free
 

@@ -134,50 +134,12 @@ def test_roll_out_puts_the_query_right_after_the_seeds(model, contexts):
         np.testing.assert_allclose(second[q : q + 1], expected, atol=1e-4)
 
 
-def test_the_lines_of_the_table(model, untrained, contexts):
-    stages = {"pretrain": model, "cpt": untrained, "sft": model}
-    floor = {(0, 0): 0.5}
-    lines = qs.model_methods(
-        stages, model, samples=3, reaches=(1.0, 0.5), guidance=(2.0,), floor=floor, seed=5
-    )
-    by = {m.name.strip(): m for m in lines}
-    assert len(by) == len(lines)
-    chosen = by["MO-DiT"]  # validation picks among trained stages, never pretraining
-    pairs = [(0.0, 1.0), (0.0, 0.5), (2.0, 1.0)]
-    assert set(chosen.grid) == {(s, *pair) for s in ("cpt", "sft") for pair in pairs}
-    assert chosen.floor == floor
-    assert [chosen.calls(s) for s in (("sft", 0.0, 0.5), ("sft", 2.0, 1.0))] == [1, 2]
-    mean = seed_mean(model.embeddings, contexts)[:, None]
-    for stage, w, r in chosen.grid:
-        expected = mean + r * (stages[stage].queries(contexts, w) - mean)
-        expected /= np.linalg.norm(expected, axis=-1, keepdims=True)
-        np.testing.assert_allclose(chosen.run(contexts, (stage, w, r)), expected, atol=1e-6)
-    pretrained = by["plain pretrained DiT"]
-    assert pretrained.uses == "nothing"
-    np.testing.assert_array_equal(  # it has seen no attribute, so it is asked for none
-        pretrained.run(contexts, 0.0), model.queries(contexts, 0.0, null=True)
-    )
-    one, mean, merged = (
-        next(m for n, m in by.items() if text in n)
-        for text in ("one sample", "mean of 3", "3 samples merged")
-    )
-    rows = merged.run(contexts, 0.0)
-    assert rows.shape == (12, 3, 128) and merged.probes == 3
-    three = model.queries(contexts, 0.0, method="heun", samples=3, seed=5)
-    np.testing.assert_allclose(rows, three, atol=1e-6)
-    average = rows.mean(1) / np.linalg.norm(rows.mean(1), axis=-1, keepdims=True)
-    np.testing.assert_allclose(mean.run(contexts, 0.0)[:, 0], average, atol=1e-5)
-    assert one.run(contexts, 0.0).shape == (12, 1, 128)
-    # Heun's 18 steps are 35 evaluations (two each, one for the last), for each of the samples.
-    assert (one.calls, mean.calls, merged.calls) == (
-        35,
-        105,
-        105,
-    ) and one.probes == mean.probes == 1
-    for line in lines:
-        assert len(line.grid) == 1 or line is chosen
-        out = line.run(contexts, line.grid[0])
-        np.testing.assert_allclose(np.linalg.norm(out, axis=-1), 1, atol=1e-5)
+@pytest.mark.parametrize("options", [{}, {"guidance": 2.0}, {"method": "heun", "samples": 3}, {"null": True}])
+def test_queries_are_of_unit_length(model, untrained, contexts, options):
+    for one in (model, untrained):
+        made = one.queries(contexts, **options)
+        assert made.shape == (12, options.get("samples", 1), 128)
+        np.testing.assert_allclose(np.linalg.norm(made, axis=-1), 1, atol=1e-5)
 
 
 def test_samples_differ_by_seed_and_draw_and_repeat(model, contexts):
@@ -236,3 +198,5 @@ def test_seeds_may_be_asked_for_in_the_other_order_or_as_they_come(model, contex
     np.testing.assert_array_equal(model.queries(ordered, order="shuffled"), rising)
     assert np.abs(model.queries(contexts, order="shuffled") - rising).max() > 1e-2
     assert np.abs(falling - rising).max() > 1e-2
+    for order in ("true", "noise"):  # what those walks were sorted by is not known of a question's seeds
+        np.testing.assert_array_equal(model.queries(contexts, order=order), rising)

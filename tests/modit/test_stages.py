@@ -97,6 +97,104 @@ def test_cells_smaller_than_a_walk_never_make_a_target_of_padding(world, stage_o
     assert (data.density[batch.condition.domain, target] >= best).all()
 
 
+@pytest.fixture
+def walks_of(monkeypatch):
+    """(order, data) -> (walks i32[B, T], the places of the targets, domains) of one batch of CPT."""
+    monkeypatch.setattr(stages, "next_item", lambda data, walks, at, domain: (walks, at, domain))
+
+    def make(order, data, size=200, length=10):
+        return stages.ordered_batch(np.random.default_rng(4), data, size, length, order)
+
+    return make
+
+
+def test_the_orders_walk_over_the_very_same_items(world, walks_of):
+    data = world([3, 20, 5, 12, 4])  # cells that are smaller than a walk among them
+    rising, at, domain = walks_of("ascending", data)
+    shuffled, somewhere, _ = walks_of("shuffled", data)
+    falling, where, again = walks_of("descending", data)
+    size = (rising >= 0).sum(1)
+    assert size.min() == 3 and size.max() == 10 and (domain == again).all()
+    for walks in (rising, shuffled, falling):
+        np.testing.assert_array_equal(walks >= 0, np.arange(10) < size[:, None])  # padding stays last
+        np.testing.assert_array_equal(np.sort(walks, axis=1), np.sort(rising, axis=1))
+    for one, two, n in zip(rising, falling, size, strict=True):
+        np.testing.assert_array_equal(two[:n], one[:n][::-1])
+    # A target lies in the last half of its walk, whatever the order, and has something before it.
+    for places in (at, somewhere, where):
+        assert (places >= 1).all() and (places >= size // 2).all() and (places < size).all()
+    np.testing.assert_array_equal(at, where)
+    # Shuffled: the densest item is anywhere.
+    whole = size == 10
+    score = data.density[domain[whole, None], shuffled[whole]]
+    assert np.bincount(score.argmax(1), minlength=10).min() > 0
+    assert abs(score.argmax(1).mean() - 4.5) < 4 * 2.87 / np.sqrt(whole.sum())
+    for name in ("true", "noise"):  # those differ by the density they are given, not in the walk
+        np.testing.assert_array_equal(walks_of(name, data)[0], rising)
+
+
+def test_a_stage_walks_in_the_order_asked(world, stage_of):
+    data = world([20, 12, 16])
+    made = {
+        order: stage_of("cpt", data, batch=200, order=order).batch(3, None)
+        for order in ("ascending", "shuffled", "descending")
+    }
+    found = {}
+    for order, batch in made.items():
+        prefix, target = rows_of(data, batch.condition.context), rows_of(data, batch.target[:, 0])
+        score = data.density[batch.condition.domain[:, None], np.column_stack([prefix, target])]
+        given = np.column_stack([prefix, target]) >= 0
+        steps = np.where(given[:, 1:-1] & given[:, :-2], np.diff(score[:, :-1], axis=1), np.nan)
+        ahead = (score[:, -1:] - score[:, :-1])[given[:, :-1]]  # of the target over what is before it
+        found[order] = steps[np.isfinite(steps)], ahead
+    assert all((x >= 0).all() for x in found["ascending"])
+    assert all((x <= 0).all() for x in found["descending"])
+    for x in found["shuffled"]:
+        assert 0.4 < (x > 0).mean() < 0.6
+    # Only CPT walks in an order: replay and SFT are what they were.
+    replay = stage_of("cpt", data, replay=0.25, order="descending").batch(0, None)
+    for a, b in zip(
+        jax.tree.leaves(replay),
+        jax.tree.leaves(stage_of("cpt", data, replay=0.25).batch(0, None)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a[24:], b[24:])
+
+
+def test_true_density_is_counted_over_the_training_neighbours(world):
+    data = world([30, 24])
+    rng, out = np.random.default_rng(6), np.setdiff1d(np.arange(59), data.train)
+    labels = rng.choice([-1, 0, 1], (M, 59), p=[0.5, 0.25, 0.25]).astype(np.int8)
+    labels[0, data.neighbours[data.train[3]]] = -1  # nothing is known around this one
+    made = stages.with_order(data, "true", labels, 0)
+    assert dataclasses.replace(made, density=data.density) == data  # nothing else is touched
+    for m in range(M):
+        for i in data.train:
+            known = [labels[m, j] for j in data.neighbours[i] if labels[m, j] >= 0]
+            share = sum(v == 1 for v in known) / len(known) if known else 0
+            assert made.density[m, i] == pytest.approx(share, abs=1e-6)
+    np.testing.assert_array_equal(made.density[:, out], data.density[:, out])  # as fitted
+    assert made.density.dtype == np.float32 and made.density is not data.density
+    # Labels outside training are not read.
+    poisoned = labels.copy()
+    poisoned[:, out] = 1 - np.abs(labels[:, out])
+    assert not np.array_equal(poisoned, labels)
+    np.testing.assert_array_equal(stages.with_order(data, "true", poisoned, 0).density, made.density)
+
+
+def test_noise_for_density_is_that_of_its_seed(world):
+    data = world([30, 24])
+    one, same, other = (stages.with_order(data, "noise", None, seed).density for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one, same)
+    assert one.shape == data.density.shape and one.dtype == np.float32 and 0 <= one.min() < one.max() < 1
+    for density in (other, data.density):
+        assert abs(np.corrcoef(one.ravel(), density.ravel())[0, 1]) < 0.3
+    for order in ("ascending", "shuffled", "descending"):  # these walk by the density as fitted
+        assert stages.with_order(data, order, None, 0).density is data.density
+    with pytest.raises(InputError, match="order: unknown order 'rising'. use one of ascending, shuffled"):
+        stages.with_order(data, "rising", None, 0)
+
+
 def test_sft_target_is_the_centroid_of_half_a_tail(world, stage_of):
     # Tails of four: each target is the centroid of one of the six pairs of its own cell's tail.
     data = world([20, 24], share=0.01, least=4)

@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from genret.modit.validation import calibration_error, true_density, within_pattern
+from genret.modit.density import knn_density
+from genret.modit.protocol import SPLITS
+from genret.modit.validation import (
+    Spread,
+    calibration_error,
+    predictor_report,
+    true_density,
+    within_pattern,
+)
 from genret.retrieval.index import ExactIndex
 
 
@@ -35,3 +43,37 @@ def test_true_density_is_attribute_at_k_by_brute_force(molecules):
     cosine[np.arange(3), items] = -2
     nearest = np.argsort(-cosine, axis=1)[:, :10]
     np.testing.assert_allclose(found, (molecules.labels[:, nearest] == 1).mean(-1))
+
+
+def test_the_report_has_a_row_per_budget_predictor_domain_and_split(molecules, splits, fitted):
+    index = ExactIndex(molecules.embeddings)
+    truth = true_density(molecules, np.arange(2000), index, 20)
+    knows = Spread(0.5, fitted.labels, truth, fitted.normals, fitted.intercepts)
+    own = Spread(0.2, fitted.labels, fitted.predicted, fitted.normals, fitted.intercepts)
+    rows = predictor_report(molecules, splits, iter([own, knows]), index, 20)
+    names = ("metric predictor (MLP)", "kNN of the probes", "linear probe")
+    keys = [(r["budget"], r["split"], r["predictor"], r["domain"]) for r in rows]
+    assert keys == [
+        (b, s, n, d) for b in (0.2, 0.5) for s in SPLITS for n in names for d in molecules.attribute_names
+    ]  # fmt: skip
+    for row in rows:
+        holdout = splits.holdout(row["split"], "test")
+        items = np.flatnonzero(holdout.items & np.isin(molecules.patterns, holdout.patterns))
+        assert not splits.train[items].any()
+        assert (row["items"], row["lookups"]) == (len(items), fitted.labels.lookups)
+        m, x = molecules.attribute_names.index(row["domain"]), molecules.embeddings[items]
+        mlp = truth if row["budget"] == 0.5 else fitted.predicted
+        predicted = {
+            names[0]: mlp[m, items],
+            names[1]: knn_density(molecules, fitted.labels, x)[m],
+            names[2]: x @ fitted.normals[m] + fitted.intercepts[m],
+        }[row["predictor"]]
+        expected = within_pattern(predicted, truth[m, items], molecules.patterns[items])
+        found = [row[n] for n in ("spearman", "kendall", "ndcg", "patterns")]
+        np.testing.assert_allclose(found, list(expected.values()), atol=2e-4)
+        if row["predictor"] == names[2]:  # a direction is not calibrated
+            assert row["calibration"] is None
+        else:
+            assert row["calibration"] == calibration_error(predicted, truth[m, items])
+    exact = [r for r in rows if r["budget"] == 0.5 and r["predictor"] == names[0]]
+    assert all(r["spearman"] > 0.999 and r["calibration"] == 0 and r["patterns"] > 0 for r in exact)
