@@ -73,10 +73,10 @@ def _ours(run: Run) -> Iterator[Method]:
     @functools.cache
     def floor() -> dict[Cell, float]:
         """Validation Purity, per cell, of the setting that validation chose for stages 1-3."""
-        contexts, out = run.contexts("validation"), {}
-        for cell, setting in choose(best, run.searcher, contexts).items():
-            out[cell] = validation_scores(best, run.searcher, contexts, setting)[1][cell]
-        return out
+        contexts = run.contexts("validation")
+        chosen = choose(best, run.searcher, contexts)
+        scores = {s: validation_scores(best, run.searcher, contexts, s) for s in set(chosen.values())}
+        return {cell: scores[setting][1][cell] for cell, setting in chosen.items()}
 
     rounds = [(s, *rest) for s in run.rounds for rest in settings]
     yield Method("MO-DiT+HPPO", preferred, rounds, calls=_calls, floor=floor)
@@ -121,12 +121,13 @@ def _ablations(run: Run) -> Iterator[Method]:
         "pool": {"hppo": "hybrid, Pareto filter on"},
         "preconditioning": {"pretrain": "centred pretrain", "cpt": "centred +CPT", "sft": "centred +CPT+SFT"},
     }
+    reads = {"pretrain": "nothing", "cpt_true": "all labels"}
     for table in tables:
         own = {f: r.line for f, r in run.recipes.items() if r.table == table}
         for folder, name in (lines[table] | own).items():
             yield Method(
                 f"{table}: {name}", _ordered(run, folder), [(0.0, 1.0)], calls=1, table=table,
-                uses="all labels of training items" if folder == "cpt_true" else "labels",
+                uses=reads.get(RECIPES[folder].stage if folder != "cpt_true" else folder, "labels"),
             )  # fmt: skip
 
 
@@ -138,7 +139,8 @@ def _ordered(run: Run, folder: str) -> Callable:
         model = run.model(folder)
         if recipe.stage == "pretrain":
             return model.queries(contexts, null=True)
-        return model.queries(contexts, order=recipe.order)
+        order = {"descending": "descending", "shuffled": "shuffled", "noise": "shuffled"}
+        return model.queries(contexts, order=order.get(recipe.order, "ascending"))
 
     return queries
 

@@ -244,7 +244,7 @@ class Run:
                 self.contrastive(source, steps)
         write_text(self._trained, wanted)
 
-    @functools.cache  # noqa: B019
+    @functools.lru_cache(maxsize=8)  # noqa: B019 - a sweep over checkpoints must not keep them all
     def model(self, folder: str, step: int | None = None) -> MoDiT:
         """The model of `folder` at its last step, or another; raises InputError where there is none."""
         shapes = jax.eval_shape(self.retriever.init, jax.random.key(0))

@@ -39,8 +39,8 @@ def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 def same_run(config: ConfigDict, catalogue: Catalogue, workdir: Path) -> None:
     """Note config and catalogue in `workdir`, or raise InputError if it holds a run of others.
 
-    Seeds may join a run, and where it runs (mesh, folder of the data) may change. Beside the config stand
-    `command`, kept where the config has none, and `environment`, that of the last command that ran.
+    Seeds and ablations may join a run, and where it runs (mesh, folder of the data) may change. Beside the
+    config stand `command`, with all of them, and `environment`, that of the last command that ran.
     """
     new = json.loads(config.to_json_best_effort())
     new["environment"] = {name: version(name) for name in ("jax", "flax")}
@@ -57,8 +57,13 @@ def same_run(config: ConfigDict, catalogue: Catalogue, workdir: Path) -> None:
             if _what(old, name) != _what(new, name):
                 problem = f"{workdir} holds a run with another {name.replace('_', ' ')}"
                 raise InputError("--workdir", problem, "choose another --workdir")
-        new["seeds"] = sorted({*old["seeds"], *new["seeds"]})
-        new = {"command": old["command"]} | new if "command" in old else new
+        for name in ("seeds", "ablations"):  # these may join
+            new[name] = sorted({*old.get(name, ()), *new.get(name, ())})
+    if "command" in new:
+        joined = {"seeds": map(str, new["seeds"]), "ablations": new.get("ablations", ())}
+        said = (f",{name}={'+'.join(values)}" for name, values in joined.items())
+        new["command"] += "".join(part for part in said if not part.endswith("="))
+        new["command"] += f" --workdir=runs/{workdir.resolve().name}"
     write_text(path, json.dumps(new, indent=1, sort_keys=True))
 
 

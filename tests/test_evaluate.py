@@ -143,15 +143,17 @@ def test_the_command_and_the_machine_are_kept_beside_the_config(molecules, tmp_p
     same_run(config, molecules, tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
     assert stored["environment"]["device"] and stored["environment"].keys() >= {"jax", "flax", "devices"}
-    said = "python -m experiments.run --config=experiments/configs/modit.py:size=test,data=moses,seeds=0"
-    assert stored["command"] == config.command == said
-    stored |= {"command": "python -m experiments.run --workdir=runs/x", "environment": {"jax": "0"}}
+    said = "python -m experiments.run --config=experiments/configs/modit.py:size=test,data=moses"
+    where = f" --workdir=runs/{tmp_path.name}"
+    assert config.command == said and stored["command"] == f"{said},seeds=0{where}"
+    stored |= {"environment": {"jax": "0"}}
     (tmp_path / "config.json").write_text(json.dumps(stored))
+    # Seeds and ablations may join; neither they, the command nor the machine make it another run.
+    same_run(modit.get_config("size=test,seeds=2,ablations=order"), molecules, tmp_path)
+    about = read_about(tmp_path)
+    assert about.command == f"{said},seeds=0+2,ablations=order{where}" and about.environment["jax"] != "0"
+    assert not {"command", "environment"} & about.config.keys()
     silent = modit.get_config("size=test")
     del silent.command
-    same_run(silent, molecules, tmp_path)  # neither makes it another run
-    about = read_about(tmp_path)
-    assert about.command == stored["command"] and about.environment["jax"] != "0"
-    same_run(config, molecules, tmp_path)  # a config that says its own command goes before
-    about = read_about(tmp_path)
-    assert about.command == said and not {"command", "environment"} & about.config.keys()
+    same_run(silent, molecules, tmp_path)
+    assert "command" not in json.loads((tmp_path / "config.json").read_text())

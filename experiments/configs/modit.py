@@ -37,7 +37,7 @@ def get_config(argument: str = "") -> ConfigDict:
         raise InputError("size", f"unknown size {arg.size!r}", f"use one of {', '.join(BUDGET)}")
     steps, rounds, batch, rate = BUDGET[arg.size]
     tiny, evidence = arg.size == "test", arg.size == "evidence"
-    given = ",".join(f"{k}={v}" for k, v in vars(arg).items() if v and k != "seeds")
+    given = ",".join(f"{k}={v}" for k, v in vars(arg).items() if v and k not in ("seeds", "ablations"))
 
     def fit(steps: int, **kw) -> dict:
         options = dict(
@@ -59,7 +59,7 @@ def get_config(argument: str = "") -> ConfigDict:
         raise InputError("seeds", f"cannot read {arg.seeds!r}", "write seeds=0+1+2")
     c.seeds = tuple(int(s) for s in arg.seeds.split("+"))  # one whole run each: labels, cells, training
     c.ablations = tuple(filter(None, arg.ablations.split("+")))  # tables of experiments/recipes.py
-    c.command = f"python -m experiments.run --config=experiments/configs/modit.py:{given},seeds={arg.seeds}"
+    c.command = f"python -m experiments.run --config=experiments/configs/modit.py:{given}"
     c.catalogue = dict(
         data="moses" if arg.data == "scaffold" else arg.data,  # moses, fashion, streaming, or a path
         folder="data",  # where built catalogues are kept

@@ -137,7 +137,7 @@ class Refresh:
         if not path.exists():
             return None
         with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays) if str(arrays["card"]) == self._card else None
+            return dict(arrays) if str(arrays.get("card")) == self._card else None
 
     @property
     def _card(self) -> str:

@@ -123,8 +123,8 @@ class Method:
     run: (contexts, setting) -> queries f32[Q, R, D], or (ranking i32[Q, K], the queries behind it).
     grid: settings to choose from on validation, per cell; one setting means nothing to choose.
     probes: index probes per context. calls: network evaluations per context, or setting -> calls.
-    uses: what it reads beyond seeds: 'nothing', 'labels' (the shared budget), 'pattern' or 'all labels'
-    (references, not methods: they read what the question hides).
+    uses: what it reads beyond seeds: 'nothing', 'labels' (the shared budget), or, as only references and
+    one ablation do, 'pattern' or 'all labels', which the question hides.
     floor: least validation Purity per (split, domain) that a setting should keep, or a function giving it.
     table: the table of the report that the line belongs to; x: where it stands, if that is a curve.
     """
@@ -219,9 +219,8 @@ def evaluate(
             for name in ("joint", "attribute", "purity", "headroom", "normalised_joint"):
                 row[name] = round(macro(getattr(scores, name)[at], pattern), 6)
             row |= {"setting": setting, "probes": method.probes, "tried": len(method.grid)}
-            row["lookups"] = {"nothing": 0, "all labels": int((searcher.catalogue.labels >= 0).sum())}.get(
-                method.uses, lookups
-            )
+            known = int((searcher.catalogue.labels >= 0).sum())
+            row["lookups"] = {"nothing": 0, "labels": lookups, "pattern": lookups}.get(method.uses, known)
             row["calls"] = method.calls(setting) if callable(method.calls) else method.calls
             row |= {"uses": method.uses, "index": searcher.index.name}
             row["ann_recall"] = _recall(searcher, exact, queries[at])

@@ -15,7 +15,7 @@ from genret.diffusion.retriever import Retriever
 from genret.modit.protocol import Contexts
 from genret.modit.stages import condition
 from genret.modit.trajectories import sort_by_density
-from genret.types import Condition, PyTree
+from genret.types import Condition, InputError, PyTree
 
 HEUN_STEPS = 18
 HEUN_CALLS = 2 * HEUN_STEPS - 1
@@ -43,6 +43,8 @@ class MoDiT:
         attribute must be. order: of the seeds by density; shuffled and descending as a model trained on such
         walks must be."""
         domain = np.full_like(contexts.domain, len(self.density)) if null else contexts.domain
+        if order not in ("ascending", "shuffled", "descending"):
+            raise InputError("order", f"unknown order {order!r}", "use ascending, shuffled or descending")
         items = contexts.seeds
         if not null and order != "shuffled":  # seeds are drawn in random order
             density = -self.density if order == "descending" else self.density
