@@ -23,9 +23,11 @@ def all_methods(run: Run) -> Iterator[Method]:
     yield from run.baselines.methods()
     yield from _rivals(run)
     yield from _ours(run)
-    yield from _kinds(run)
     yield from _ablations(run)
-    yield from _curves(run)
+    if "kinds" in run.config.ablations:
+        yield from _kinds(run)
+    if "curves" in run.config.ablations:
+        yield from _curves(run)
     yield from run.baselines.references()
 
 
@@ -122,7 +124,7 @@ def _ablations(run: Run) -> Iterator[Method]:
         "preconditioning": {"pretrain": "centred pretrain", "cpt": "centred +CPT", "sft": "centred +CPT+SFT"},
     }
     reads = {"pretrain": "nothing", "cpt_true": "all labels"}
-    for table in tables:
+    for table in filter(lines.get, tables):
         own = {f: r.line for f, r in run.recipes.items() if r.table == table}
         for folder, name in (lines[table] | own).items():
             yield Method(

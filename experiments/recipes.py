@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from genret.types import InputError
 
-TABLES = ("stages", "order", "pool", "preconditioning")
+TRAINED = ("stages", "order", "pool", "preconditioning")  # tables with models of their own
+TABLES = (*TRAINED, "kinds", "curves")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 from experiments.configs import modit
 from experiments.methods import FRONTIER, all_methods
 from experiments.modit import Run, open_run
-from experiments.recipes import RECIPES, TABLES
+from experiments.recipes import RECIPES, TABLES, TRAINED
 from genret.modit import protocol as pr
 from genret.modit.baselines import STRENGTHS, seed_mean, unit
 from genret.modit.queries import HEUN_CALLS, HEUN_STEPS
@@ -158,7 +158,7 @@ def test_the_lines_of_the_table(run_of):
 
 
 def test_every_kind_of_query_and_its_calls(run_of):
-    run = run_of()
+    run = run_of("kinds")
     lines, contexts = by_name(run), some(run)
     kinds = {n: line for n, line in lines.items() if line.table == "query kind"}
     heun = {"method": "heun", "seed": 5}
@@ -186,9 +186,9 @@ def test_every_kind_of_query_and_its_calls(run_of):
 
 
 def test_curves_stand_at_their_x(run_of):
-    run = run_of()
+    run = run_of("curves")
     lines, contexts = by_name(run), some(run)
-    assert {line.table for line in lines.values()} == {"main", "query kind", "calls", "guidance", "steering"}
+    assert {line.table for line in lines.values()} == {"main", "calls", "guidance", "steering"}
     assert {n for n, line in lines.items() if line.x is not None} == {
         n for n, line in lines.items() if line.table in ("calls", "guidance", "steering")
     }
@@ -280,10 +280,10 @@ ABLATIONS = {
 
 def test_ablations_appear_where_they_are_asked_for(run_of):
     plain = list(by_name(run_of()))
-    for tables in (["stages"], ["pool", "order"], list(TABLES)):
+    for tables in (["stages"], ["pool", "order"], list(TRAINED)):
         run = run_of("+".join(tables))
         lines = by_name(run)
-        added = {n: line for n, line in lines.items() if line.table in TABLES}
+        added = {n: line for n, line in lines.items() if line.table in TRAINED}
         assert [n for n in lines if n not in added] == plain  # the other tables stay as they are
         wanted = {f"{t}: {line}": f for t in tables for f, line in ABLATIONS[t].items()}
         assert list(added) == list(wanted)

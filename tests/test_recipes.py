@@ -9,7 +9,7 @@ import pytest
 
 from experiments import modit as runs
 from experiments.configs import modit
-from experiments.recipes import RECIPES, TABLES, Recipe, asked
+from experiments.recipes import RECIPES, TABLES, TRAINED, Recipe, asked
 from genret.diffusion.preference import Preference
 from genret.modit import hppo, stages
 from genret.modit.candidates import POLICIES
@@ -27,7 +27,7 @@ def test_every_recipe_starts_from_a_folder_before_it():
         assert before[recipe.start] in BEFORE[recipe.stage]  # of the stage that precedes this one
         assert folder.partition("_")[0] == recipe.stage  # as make_stage reads it
         before[folder] = recipe.stage
-    for tables in itertools.chain.from_iterable(itertools.combinations(TABLES, n) for n in range(5)):
+    for tables in itertools.chain.from_iterable(itertools.combinations(TRAINED, n) for n in range(5)):
         for retrieval in (True, False):
             found = list(asked(tables, retrieval))
             assert found == [f for f in RECIPES if f in found]  # the order of training
@@ -37,11 +37,11 @@ def test_every_recipe_starts_from_a_folder_before_it():
 
 def test_every_recipe_is_one_that_can_be_trained():
     for folder, recipe in RECIPES.items():
-        assert recipe.table in ("", *TABLES) and bool(recipe.table) == bool(recipe.line), folder
+        assert recipe.table in ("", *TRAINED) and bool(recipe.table) == bool(recipe.line), folder
         assert recipe.order in stages.ORDERS and recipe.policy in ("", *POLICIES)
         assert recipe.filter in ("", *FILTERS)
     lines = [(r.table, r.line) for r in RECIPES.values() if r.table]
-    assert len(set(lines)) == len(lines) and {table for table, _ in lines} == set(TABLES)
+    assert len(set(lines)) == len(lines) and {table for table, _ in lines} == set(TRAINED)
     assert {r.order for r in RECIPES.values()} == set(stages.ORDERS)  # none is forgotten
     assert {r.policy or "hybrid" for r in RECIPES.values()} == set(POLICIES)
 
@@ -70,7 +70,7 @@ def test_folders_are_trained_where_they_are_asked_for():
         found = asked((table,), True)
         assert set(MAIN) <= set(found) and len(found) == len(MAIN) + count
         assert {r.table for f, r in found.items() if f not in MAIN} == {table}
-    assert asked(TABLES, True) == RECIPES
+    assert asked(TABLES, True) == asked(TRAINED, True) == RECIPES
     # Without the retrieval-aware term two folders would repeat others.
     assert list(asked((), False)) == MAIN[:-1]
     assert RECIPES.keys() - asked(TABLES, False).keys() == {"sft_retrieval", "hppo_dpo"}

@@ -5,7 +5,7 @@
 
 Arguments: size (test, demo, evidence, S, B, L), data (moses, scaffold, fashion, streaming or the path of a
 catalogue), raw (folder or file of the Kaggle CSVs), embeddings (already computed, for those CSVs),
-seeds (0+1+2), ablations (tables of experiments/recipes.py: stages+order+pool+preconditioning).
+seeds (0+1+2), ablations (more tables: stages+order+pool+preconditioning, and kinds+curves of queries).
 
 Expected, MOSES 40k, 2 CPU cores, mean Joint@20 over four domains on item / pattern holdout, three seeds:
     demo   MO-DiT .351 / .371, steering .338 / .361 (README), 5 minutes a seed
@@ -21,7 +21,7 @@ from genret.types import InputError
 # steps of (pretrain, cpt, sft, a round of hppo), rounds, batch size, learning rate
 BUDGET = {
     "test": ((6, 6, 6, 4), 2, 32, 1e-3),
-    "demo": ((200, 250, 200, 60), 2, 256, 1e-3),
+    "demo": ((200, 250, 200, 50), 2, 256, 1e-3),
     "evidence": ((200, 250, 200, 80), 3, 256, 1e-3),
     "S": ((50_000, 20_000, 5_000, 1_000), 3, 1024, 3e-4),
     "B": ((100_000, 30_000, 10_000, 1_000), 3, 2048, 2e-4),
