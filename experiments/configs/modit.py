@@ -7,9 +7,10 @@ Arguments: size (test, demo, evidence, S, B, L), data (moses, scaffold, fashion,
 catalogue), raw (folder or file of the Kaggle CSVs), embeddings (already computed, for those CSVs),
 seeds (0+1+2), ablations (more tables: stages+order+pool+preconditioning, and kinds+curves of queries).
 
-Expected, MOSES 40k, 2 CPU cores, mean Joint@20 over four domains on item / pattern holdout, three seeds:
-    demo   MO-DiT .351 / .371, steering .338 / .361 (README), 5 minutes a seed
-    test   no figure, a minute (most of it compiling)
+Expected, 2 CPU cores, test, mean Joint@20 over four domains on item / pattern holdout, one seed:
+    demo       MOSES 40k: MO-DiT+HPPO .359 / .374, steering .338 / .360 (README), 7 minutes a seed
+    evidence   MOSES 200k, another split: about 15 minutes a seed; its figures are not complete yet
+    test       no figure, two minutes (most of it compiling)
 S, B and L are meant for accelerators and have no figure yet.
 """
 
