@@ -3,50 +3,21 @@
 from __future__ import annotations
 
 import ast
-import json
 import textwrap
-import time
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from genret.catalogue import format, validate
+from genret.catalogue import format
 from genret.catalogue.format import load, write
 from genret.types import InputError
 
 N, D = 120, 6
 
 
-def columns(n=N, seed=0):
-    """A small sound catalogue as a dict of python columns: 6 patterns of 20, two attributes."""
-    rng = np.random.default_rng(seed)
-    return {
-        "id": [f"item-{i}" for i in range(n)],
-        "embedding": [row.tolist() for row in rng.standard_normal((n, D)).astype(np.float32)],
-        "pattern": [f"p{i % 6}" for i in range(n)],
-        "attribute/black": [None if i % 5 == 0 else i % 2 == 0 for i in range(n)],
-        "attribute/new": [i % 3 == 0 for i in range(n)],
-    }
-
-
-def save(path, data, vector=None, **types):
-    vector = pa.list_(pa.float32(), D) if vector is None else vector
-    types = {"embedding": vector} | types
-    arrays = {name: pa.array(values, types.get(name)) for name, values in data.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(arrays), path, row_group_size=50)
-    return path
-
-
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "mine.parquet"
-
-
-def test_what_is_written_is_read(path):
+def test_what_is_written_is_read(path, columns, save):
     data = columns()
     data["pattern"][7] = None
     data["text"] = [None if i == 3 else f"Größe {i}" for i in range(N)]
@@ -80,7 +51,7 @@ def test_what_is_written_is_read(path):
     assert [array.dtype for array in kinds] == [np.int32, np.int32, np.int8, np.int8]
 
 
-def test_example_in_the_docstring_runs(tmp_path, monkeypatch):
+def test_example_in_the_docstring_runs(tmp_path, monkeypatch, columns):
     block = format.__doc__.split("Written with pyarrow")[1].split("\n\n")[1]
     code = textwrap.dedent(block)
     assert len(code.splitlines()) == 5 and ast.parse(code)
@@ -103,7 +74,7 @@ def test_example_in_the_docstring_runs(tmp_path, monkeypatch):
     ],
     ids=str,
 )
-def test_other_list_types(path, vector):
+def test_other_list_types(path, vector, columns, save):
     data = columns()
     half = pa.types.is_float16(vector.value_type)
     if half:
@@ -114,7 +85,7 @@ def test_other_list_types(path, vector):
     np.testing.assert_allclose(other.embeddings, unit, atol=1e-6)
 
 
-def test_extreme_scales_keep_their_direction(path):
+def test_extreme_scales_keep_their_direction(path, columns, save):
     data = columns()
     scale = [10.0 ** (i % 76 - 38) for i in range(N)]  # float32 squares over- and underflow
     vectors = np.array(data["embedding"], np.float64)
@@ -124,7 +95,7 @@ def test_extreme_scales_keep_their_direction(path):
     np.testing.assert_allclose(catalogue.embeddings, unit, atol=1e-6)
 
 
-def test_int_and_categorical_columns(path):
+def test_int_and_categorical_columns(path, columns, save):
     data = columns() | {"pattern": [i % 6 for i in range(N)], "group": list(range(N // 2)) * 2}
     data["group"][0] = None
     catalogue = load(save(path, data))
@@ -136,7 +107,7 @@ def test_int_and_categorical_columns(path):
     assert load(path).pattern_names == tuple(f"p{i}" for i in range(6))
 
 
-def test_shards_are_one_catalogue(tmp_path, path):
+def test_shards_are_one_catalogue(tmp_path, path, columns, save):
     data = columns()
     whole = load(save(path, data))
     bounds = [0, 50, 50, N]  # the second shard is empty
@@ -194,7 +165,7 @@ def test_write_then_load(path):
         ("split", {"splits": [["train"]] * N}),
     ],
 )
-def test_write_refuses_and_leaves_nothing(path, field, change):
+def test_write_refuses_and_leaves_nothing(path, field, change, columns):
     sound = {"ids": columns()["id"], "embeddings": np.ones((N, D), np.float32)}
     sound["attributes"] = {"a": [True, None] * (N // 2)}
     with pytest.raises(InputError) as error:
@@ -203,7 +174,7 @@ def test_write_refuses_and_leaves_nothing(path, field, change):
     assert not list(path.parent.iterdir())
 
 
-def test_killed_write_keeps_the_old_file(path, monkeypatch):
+def test_killed_write_keeps_the_old_file(path, monkeypatch, columns):
     good = {"ids": columns()["id"], "attributes": {"a": [True, False] * (N // 2)}}
     write(path, embeddings=np.ones((N, D), np.float32), **good)
     before = path.read_bytes()
@@ -285,7 +256,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_refused(path, case):
+def test_refused(path, case, columns, save):
     field, change, message = BAD[case]
     data = columns()
     change(data)
@@ -303,13 +274,13 @@ def test_refused(path, case):
     assert not [file for file in path.parent.rglob("*") if file.is_file() and file != path]
 
 
-def test_no_attribute_column(path):
+def test_no_attribute_column(path, columns, save):
     data = {name: values for name, values in columns().items() if "/" not in name}
     with pytest.raises(InputError, match=r"attribute/\*: mine.parquet has no attribute column"):
         load(save(path, data))
 
 
-def test_row_is_named_within_its_shard(tmp_path):
+def test_row_is_named_within_its_shard(tmp_path, columns, save):
     for name, seed in (("a", 0), ("b", 1)):
         data = columns(seed=seed) | {"id": [f"{name}{i}" for i in range(N)]}
         if name == "b":
@@ -319,7 +290,7 @@ def test_row_is_named_within_its_shard(tmp_path):
         load(tmp_path / "shards")
 
 
-def test_shards_with_different_columns(tmp_path):
+def test_shards_with_different_columns(tmp_path, columns, save):
     save(tmp_path / "shards" / "a.parquet", columns() | {"text": ["x"] * N})
     save(tmp_path / "shards" / "b.parquet", columns())
     with pytest.raises(InputError, match="text: is in a.parquet but not in b.parquet"):
@@ -339,7 +310,7 @@ def test_shards_with_different_columns(tmp_path):
     ],
     ids=["empty", "csv", "magic", "a byte short", "half", "footer", "pages"],
 )
-def test_foreign_and_broken_files(path, content, message):
+def test_foreign_and_broken_files(path, content, message, columns, save):
     good = save(path, columns()).read_bytes()
     path.write_bytes(content(good))
     with pytest.raises(InputError, match=message) as error:
@@ -347,7 +318,7 @@ def test_foreign_and_broken_files(path, content, message):
     assert error.value.field == "path" and path.name in str(error.value)
 
 
-def test_paths(tmp_path):
+def test_paths(tmp_path, columns, save):
     with pytest.raises(InputError, match="does not exist"):
         load(tmp_path / "none.parquet")
     (tmp_path / "folder").mkdir()
@@ -365,7 +336,7 @@ def test_paths(tmp_path):
 # ---------------------------------------------------------------- patterns
 
 
-def test_small_patterns_are_counted_and_taken_out(path):
+def test_small_patterns_are_counted_and_taken_out(path, columns, save):
     data = columns()
     data["pattern"][:10] = ["tiny"] * 5 + ["wee"] * 5
     catalogue = load(save(path, data))
@@ -374,7 +345,7 @@ def test_small_patterns_are_counted_and_taken_out(path):
     assert load(path, min_pattern=5).num_patterns == 8
 
 
-def test_cells_where_there_is_no_pattern_column(path):
+def test_cells_where_there_is_no_pattern_column(path, columns, save):
     data = columns(640)
     data.pop("pattern")
     catalogue = load(save(path, data), min_pattern=1)
@@ -394,7 +365,7 @@ def test_cells_where_there_is_no_pattern_column(path):
         load(save(path, columns()), cells=10)
 
 
-def test_no_cell_straddles_a_marked_pattern_holdout(path):
+def test_no_cell_straddles_a_marked_pattern_holdout(path, columns, save):
     data = columns(600)
     data.pop("pattern")
     data["split"] = ["pattern_holdout" if i % 4 == 0 else None for i in range(600)]
@@ -402,135 +373,3 @@ def test_no_cell_straddles_a_marked_pattern_holdout(path):
     held = catalogue.assigned == 2
     inside, outside = (set(catalogue.patterns[rows].tolist()) for rows in (held, ~held))
     assert not inside & outside and (len(inside), len(outside)) == (5, 15)
-
-
-# ---------------------------------------------------------------- the cache
-
-
-def entries(path):
-    return sorted((path.parent / f"{path.name}.cache").iterdir())
-
-
-def test_second_load_reads_no_rows(path, monkeypatch):
-    first = load(save(path, columns()))
-
-    def fail(*_, **__):
-        raise AssertionError("rows were read again")
-
-    monkeypatch.setattr(pq.ParquetFile, "iter_batches", fail)
-    second = load(path)
-    np.testing.assert_array_equal(first.embeddings, second.embeddings)
-    assert len(entries(path)) == 1
-    path.touch()
-    with pytest.raises(AssertionError, match="read again"):
-        load(path)
-    assert len(entries(path)) == 1  # the failed build left nothing
-
-
-def test_changed_data_is_read_again(path):
-    load(save(path, columns()))
-    data = columns()
-    data["attribute/new"][1] = True
-    assert load(save(path, data)).labels[1, 1] == 1
-
-
-def test_cache_elsewhere(tmp_path, path):
-    load(save(path, columns()), cache=tmp_path / "elsewhere")
-    assert not (tmp_path / "mine.parquet.cache").exists()
-    assert (tmp_path / "elsewhere" / "mine.parquet.cache").is_dir()
-
-
-@pytest.mark.parametrize("name", ["embeddings.npy", "labels.npy", "ids.arrow", "catalogue.json"])
-@pytest.mark.parametrize("harm", ["gone", "half", "noise", "empty"])
-def test_corrupt_cache_is_rebuilt(path, name, harm):
-    first = load(save(path, columns()))
-    ids, labels, rows = first.ids.to_pylist(), np.array(first.labels), np.array(first.embeddings)
-    del first
-    file = entries(path)[0] / name
-    content = file.read_bytes()
-    if harm == "gone":
-        file.unlink()
-    elif harm == "noise":
-        file.write_bytes(bytes(60) + content[60:])
-    else:
-        file.write_bytes(content[: len(content) // 2] if harm == "half" else b"")
-    again = load(path)
-    assert again.ids.to_pylist() == ids
-    np.testing.assert_array_equal(again.labels, labels)
-    np.testing.assert_array_equal(again.embeddings, rows)
-    assert len(entries(path)) == 1 and file.read_bytes() == content
-
-
-def test_killed_build_leaves_no_entry(path, monkeypatch):
-    save(path, columns())
-    write_vectors = format._write_vectors
-
-    def die(file, rows, total):
-        write_vectors(file, rows, total)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(format, "_write_vectors", die)
-    with pytest.raises(KeyboardInterrupt):
-        load(path)
-    assert not entries(path)
-    monkeypatch.undo()
-    (path.parent / "mine.parquet.cache" / ".build-dead").mkdir()  # as a SIGKILL would leave it
-    assert load(path).num_items == N
-
-
-def test_another_process_was_first(path, monkeypatch):
-    """Both build; the one that comes second keeps the first one's entry, which may be mapped."""
-    save(path, columns())
-    fill = format._fill
-
-    def slow(folder, *args):
-        monkeypatch.setattr(format, "_fill", fill)
-        load(path)
-        fill(folder, *args)
-
-    monkeypatch.setattr(format, "_fill", slow)
-    assert load(path).num_items == N
-    assert len(entries(path)) == 1
-
-
-def test_concurrent_loads(path):
-    save(path, columns(2000))
-    with ThreadPoolExecutor(4) as pool:
-        assert [each.num_items for each in pool.map(load, [path] * 8)] == [2000] * 8
-    assert len(entries(path)) == 1
-
-
-def test_nothing_is_pickled(path):
-    load(save(path, columns() | {"text": ["x"] * N}))
-    folder = entries(path)[0]
-    assert {file.suffix for file in folder.iterdir()} == {".npy", ".arrow", ".json"}
-    for file in folder.glob("*.npy"):
-        np.load(file, allow_pickle=False)
-    assert json.loads((folder / "catalogue.json").read_text())["pattern_source"] == "column"
-
-
-def test_cold_and_warm_load_are_fast(path):
-    rng = np.random.default_rng(0)
-    write(
-        path,
-        ids=[f"i{i}" for i in range(40_000)],
-        embeddings=rng.standard_normal((40_000, 128)).astype(np.float32),
-        patterns=np.arange(40_000) % 600,
-        attributes={"a": rng.integers(-1, 2, 40_000).astype(np.int8)},
-    )
-    start = time.perf_counter()
-    load(path)
-    cold = time.perf_counter()
-    load(path)
-    assert cold - start < 3 and time.perf_counter() - cold < 0.3
-
-
-def test_rows_are_decoded_in_batches(path, monkeypatch):
-    """Memory is bounded: at most `_ROWS` vectors are decoded at once, whatever the row groups."""
-    seen = []
-    read = validate.read_vectors
-    monkeypatch.setattr(format, "_ROWS", 32)
-    monkeypatch.setattr(validate, "read_vectors", lambda *a: seen.append(len(a[0])) or read(*a))
-    pq.write_table(pq.read_table(save(path, columns())), path)
-    assert load(path).num_items == N
-    assert max(seen) <= 32 and sum(seen) == N
