@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from experiments.recipes import MEMORY
 from experiments.report_rows import COUNTED, ENCODER, HEADLINE, STAGED, Results
 from genret.retrieval.significance import Paired, holm, paired_test
 
@@ -109,8 +110,8 @@ def baselines(r: Results) -> list[str]:
 
 
 def encoders(r: Results) -> list[str]:
-    """The contrastive encoders of the main table."""
-    return [m for m in r.tables["main"] if m.startswith(ENCODER)]
+    """The contrastive encoders of the main table, those with a memory of cells aside."""
+    return [m for m in r.tables["main"] if m.startswith(ENCODER) and not m.endswith(MEMORY)]
 
 
 def stage_rows(r: Results) -> list[str]:
@@ -135,14 +136,19 @@ def comparisons(r: Results) -> tuple[Comparison, ...]:
     if baselines(r):
         asked.append((baselines(r), "the best single-probe baseline of each cell (picked on test)"))
     asked += [([m], m) for m in (*encoders(r), CENTROID, STEERING, PLAIN) if m in r.tables["main"]]
-    return tuple(compare(r, ours, *rivals) for rivals in asked)
+    found = [compare(r, ours, *rivals) for rivals in asked]
+    if ours + MEMORY in r.tables["main"]:
+        rivals = [m for m in r.tables["main"] if m.startswith(ENCODER)]
+        found += [compare(r, ours + MEMORY, [m]) for m in (ours, *rivals)]
+    return tuple(found)
 
 
 def compared(r: Results) -> set[str]:
     """The methods whose hits per context a comparison reads."""
     side = [m for name, methods in r.tables.items() for m in methods if name != "main" and r.x(m) is None]
     rivals = [m for m in (CENTROID, STEERING, PLAIN) if m in r.tables["main"]]
-    return {*baselines(r), *encoders(r), *stage_rows(r), *side, *rivals} | ({r.ours} - {None})
+    ours = [m for m in r.tables["main"] if m.startswith((HEADLINE, ENCODER))]
+    return {*baselines(r), *stage_rows(r), *side, *rivals, *ours} | ({r.ours} - {None})
 
 
 def _say(r: Results, c: Comparison) -> Verdict:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from experiments.recipes import RECIPES
+from experiments.recipes import MEMORY, RECIPES
 from genret.modit.baselines import STRENGTHS, reach, unit
 from genret.modit.protocol import Cell, Contexts, Method, choose, validation_scores
 from genret.modit.queries import HEUN_CALLS
@@ -41,7 +42,9 @@ def _rivals(run: Run) -> Iterator[Method]:
             return reach(x, contexts, made[:, None], r)
 
         grid = [(n, r) for n in steps for r in e.reaches]
-        yield Method(f"contrastive encoder, {name}", encoded, grid, calls=1)
+        line = Method(f"contrastive encoder, {name}", encoded, grid, calls=1)
+        yield line
+        yield from _with_memory(run, line)
     regressor = _one_call(run, "sft_mse")
     yield Method("MSE regressor (same DiT)", regressor, [(0.0, r) for r in e.reaches], calls=1)
 
@@ -54,6 +57,24 @@ def _one_call(run: Run, folder: str, step: int | None = None) -> Callable:
         return reach(run.catalogue.embeddings, contexts, run.model(folder, step).queries(contexts, w), r)
 
     return queries
+
+
+def _with_memory(run: Run, line: Method) -> Iterator[Method]:
+    """The queries of the longest training + g × what the training cells suggest at temperature t
+    (`Memory.lift`), and without: a line of its own where evaluation.memory lists any. Validation Joint
+    alone chooses, for ours as for the rivals: no floor under Purity."""
+
+    def queries(contexts: Contexts, setting: tuple):
+        *plain, t, g = setting
+        made = line.run(contexts, tuple(plain))
+        b = run.baselines
+        return unit(made + g * b.memory.lift(b.mean(contexts), contexts.domain, t)[:, None]) if g else made
+
+    tried = ((1.0, 0.0), *run.config.evaluation.memory)
+    grid = [(*s, *m) for s in line.grid if s[0] == line.grid[-1][0] for m in tried]
+    calls = (lambda s: line.calls(s[:-2])) if callable(line.calls) else line.calls
+    if run.config.evaluation.memory:
+        yield replace(line, name=line.name + MEMORY, run=queries, grid=grid, calls=calls, floor={})
 
 
 def _calls(setting: tuple) -> int:
@@ -81,7 +102,9 @@ def _ours(run: Run) -> Iterator[Method]:
         return {cell: scores[setting][1][cell] for cell, setting in chosen.items()}
 
     rounds = [(s, *rest) for s in run.rounds for rest in settings]
-    yield Method("MO-DiT+HPPO", preferred, rounds, calls=_calls, floor=floor)
+    ours = Method("MO-DiT+HPPO", preferred, rounds, calls=_calls, floor=floor)
+    yield ours
+    yield from _with_memory(run, ours)
     yield best
     if run.config.retrieval.weight:
         yield Method("MO-DiT, retrieval-aware SFT", _one_call(run, "sft_retrieval"), settings, calls=_calls)

@@ -26,6 +26,7 @@ from genret.diffusion.preference import Preference
 from genret.diffusion.retriever import Retriever
 from genret.modit import baselines, contrastive, fitting, hppo, protocol, stages
 from genret.modit import density as dn
+from genret.modit.memory import make_memory
 from genret.modit.pairs import PairRule
 from genret.modit.queries import MoDiT
 from genret.modit.validation import Spread
@@ -107,6 +108,7 @@ class Run:
         return baselines.Baselines(
             self.searcher, f.data, f.labels, f.predicted, f.normals, f.gradient,
             baselines.fit_ridge(f.data, seeds=self.config.evaluation.seeds, seed=self.seed),
+            make_memory(f.data),
         )  # fmt: skip
 
     @functools.cached_property
@@ -200,6 +202,7 @@ class Run:
             refresh,
             preference=Preference(**h.preference),
             batch=h.batch,
+            fresh=h.fresh,
             retrieval=term,
             seed=self.seed,
         )

@@ -11,6 +11,7 @@ from genret.types import InputError
 
 TRAINED = ("stages", "order", "pool", "preconditioning")  # tables with models of their own
 TABLES = (*TRAINED, "kinds", "curves")
+MEMORY = " with memory"  # the end of the name of a line that uses `modit.memory`
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,22 @@ def test_verdicts_by_hand(tmp_path, rows):
     assert "Purity lost against seed mean in the worst cell" in text[8]
 
 
+def test_a_line_with_memory_is_compared_with_rivals_that_have_one_too(tmp_path, rows):
+    rows += rows_of("MO-DiT+HPPO with memory", [7, 6, 5, 6])
+    rows += rows_of("contrastive encoder, labels with memory", [7, 5, 6, 5])
+    r = results(tmp_path, rows)
+    found = {(c.ours, c.rival): c for c in evidence.comparisons(r)}
+    ours, encoder = "MO-DiT+HPPO", "contrastive encoder, labels"
+    lifted = [rival for name, rival in found if name == f"{ours} with memory"]
+    assert lifted == [ours, encoder, f"{encoder} with memory"]
+    assert (ours, f"{encoder} with memory") not in found and (ours, encoder) in found
+    c = found[f"{ours} with memory", f"{encoder} with memory"]
+    assert [cell.mean for cell in c.cells["joint"]] == pytest.approx([0, 0.1, -0.1, 0.1])
+    assert {f"{ours} with memory", f"{encoder} with memory"} <= evidence.compared(r)
+    # Neither is a baseline or a row of stages 1-3.
+    assert not [m for m in evidence.baselines(r) + evidence.stage_rows(r) if m.endswith("memory")]
+
+
 def test_without_hppo_stages_1_to_3_are_ours(tmp_path, rows):
     r = results(tmp_path, [row for row in rows if row["method"] != "MO-DiT+HPPO"])
     assert r.ours == "MO-DiT"

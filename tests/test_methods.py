@@ -13,6 +13,7 @@ from experiments.modit import Run, open_run
 from experiments.recipes import RECIPES, TABLES, TRAINED
 from genret.modit import protocol as pr
 from genret.modit.baselines import STRENGTHS, seed_mean, unit
+from genret.modit.memory import Memory
 from genret.modit.queries import HEUN_CALLS, HEUN_STEPS
 
 PAIRS = [(0.0, 1.0), (0.0, 0.5), (2.0, 1.0)]  # (guidance, reach) that validation tries
@@ -44,6 +45,11 @@ class Untrained(Run):
         return []
 
     @functools.cached_property
+    def memory(self):
+        rng, size = np.random.default_rng(2), self.catalogue.width
+        return Memory(*(unit(rng.normal(size=(*n, 3, size))).astype(np.float32) for n in ((), (4,))))
+
+    @functools.cached_property
     def baselines(self):
         x = self.catalogue.embeddings
 
@@ -55,7 +61,7 @@ class Untrained(Run):
 
         return SimpleNamespace(
             mean=lambda contexts: seed_mean(x, contexts), steering=steering,
-            methods=lambda: iter([line("seed mean", "nothing")]),
+            methods=lambda: iter([line("seed mean", "nothing")]), memory=self.memory,
             references=lambda: iter([line("reference", "pattern")]),
         )  # fmt: skip
 
@@ -101,8 +107,10 @@ def reached(run, contexts, answer, r):
 
 
 OURS = [
-    "seed mean", "contrastive encoder, labels", "contrastive encoder, pseudo-labels",
-    "MSE regressor (same DiT)", "MO-DiT+HPPO", "MO-DiT", "MO-DiT, retrieval-aware SFT",
+    "seed mean", "contrastive encoder, labels", "contrastive encoder, labels with memory",
+    "contrastive encoder, pseudo-labels", "contrastive encoder, pseudo-labels with memory",
+    "MSE regressor (same DiT)", "MO-DiT+HPPO", "MO-DiT+HPPO with memory", "MO-DiT",
+    "MO-DiT, retrieval-aware SFT",
     "plain pretrained DiT", "MO-DiT after CPT", "MO-DiT after SFT", "MO-DiT after HPPO", "reference",
 ]  # fmt: skip
 
@@ -124,7 +132,7 @@ def test_the_lines_of_the_table(run_of):
     assert [staged.calls(s) for s in (("sft", 0.0, 0.5), ("sft", 2.0, 1.0))] == [1, 2]
     assert [ours.calls(s) for s in ((8, 0.0, 0.5), (4, 2.0, 1.0))] == [1, 2]
     assert [lines["MO-DiT, retrieval-aware SFT"].calls(s) for s in PAIRS] == [1, 1, 2]
-    for name in ("MSE regressor (same DiT)", *encoders, *OURS[7:11]):
+    for name in ("MSE regressor (same DiT)", *encoders, *OURS[10:14]):
         assert lines[name].calls == 1
     # Each setting is the query that it says.
     for line, folder in (
@@ -152,9 +160,31 @@ def test_the_lines_of_the_table(run_of):
     lines["plain pretrained DiT"].run(contexts, None)
     assert run.asked[-1] == ("pretrain", None, 0.0, 1, {"null": True})
     assert {n for n in OURS if lines[n].uses == "nothing"} == {"seed mean", "plain pretrained DiT"}
-    for name, folder in zip(OURS[8:11], ("cpt", "sft", "hppo"), strict=True):
+    for name, folder in zip(OURS[11:14], ("cpt", "sft", "hppo"), strict=True):
         lines[name].run(contexts, lines[name].grid[0])
         assert lines[name].grid == [(0.0, 1.0)] and run.asked[-1] == (folder, None, 0.0, 1, {})
+
+
+def test_a_line_with_memory_is_the_line_and_what_the_cells_suggest(run_of):
+    run = run_of()
+    lines, contexts = by_name(run), some(run)
+    for name in ("MO-DiT+HPPO", "contrastive encoder, labels"):
+        line, plain = lines[name + " with memory"], lines[name]
+        last = [s for s in plain.grid if s[0] == max(s[0] for s in plain.grid)]  # the longest training
+        tried = [(1.0, 0.0), (0.03, 0.5), (0.03, 1.0), (0.1, 0.5)]
+        assert list(line.grid) == [(*s, *m) for s in last for m in tried]
+        assert not line.floor and line.uses == plain.uses and line.table == "main"
+        for s in last:
+            answer = plain.run(contexts, s)
+            np.testing.assert_array_equal(line.run(contexts, (*s, 1.0, 0.0)), answer)
+            lift = run.memory.lift(run.baselines.mean(contexts), contexts.domain, 0.1)
+            np.testing.assert_array_equal(
+                line.run(contexts, (*s, 0.1, 0.5)), unit(answer + 0.5 * lift[:, None])
+            )
+    calls = lines["MO-DiT+HPPO with memory"].calls
+    assert [calls((8, w, 1.0, 0.1, 0.5)) for w in (0.0, 2.0)] == [1, 2]
+    run.config.evaluation.memory = ()
+    assert not [n for n in by_name(run) if n.endswith("memory")]
 
 
 def test_every_kind_of_query_and_its_calls(run_of):

@@ -22,8 +22,8 @@ from genret.types import InputError
 # steps of (pretrain, cpt, sft, a round of hppo), rounds, batch size, learning rate
 BUDGET = {
     "test": ((6, 6, 6, 4), 2, 32, 1e-3),
-    "demo": ((200, 250, 200, 50), 2, 256, 1e-3),
-    "evidence": ((200, 250, 200, 80), 3, 256, 1e-3),
+    "demo": ((200, 250, 200, 100), 2, 256, 1e-3),
+    "evidence": ((200, 250, 200, 150), 3, 256, 1e-3),
     "S": ((50_000, 20_000, 5_000, 1_000), 3, 1024, 3e-4),
     "B": ((100_000, 30_000, 10_000, 1_000), 3, 2048, 2e-4),
     "L": ((200_000, 30_000, 10_000, 1_000), 3, 4096, 1e-4),
@@ -109,7 +109,8 @@ def get_config(argument: str = "") -> ConfigDict:
         contexts=128 if tiny else 1024,  # of a round
         samples=2 if tiny else 4,  # of the model per context (papers' A.8: 8)
         policy="hybrid",  # or deterministic, on_policy
-        batch=batch,  # pairs per step
+        batch=batch // 4,  # pairs per step
+        fresh=4,  # contexts of the retrieval-aware term per pair
         pairs=dict(
             margin=2,  # items of Joint (papers' A.8: two)
             filter="pair",  # Pareto filter: off, pair, reference, both, dominance
@@ -149,6 +150,7 @@ def get_config(argument: str = "") -> ConfigDict:
         validation_patterns=120 if evidence else 0,  # the same for validation
         samples=4 if tiny else 8,  # for "mean of n" and "n merged"
         reaches=(1.0, 0.8, 0.9, 1.1, 1.25, 1.5, 2.0),  # of the query past the seed mean; tried on validation
+        memory=((0.03, 0.5), (0.03, 1.0), (0.1, 0.5)),  # (temperature, strength) of the lines with memory
         guidance=(1.0, 2.0),  # classifier-free, on the domain; tried on validation at reach 1
         seed=0,  # of the contexts: the same for every run
     )

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from genret.modit.density import Labels
+from genret.modit.memory import Memory
 from genret.modit.protocol import Contexts, Method, Searcher
 from genret.modit.stages import TrainingSet, tail_batch
 from genret.retrieval.ranking import rank
@@ -43,7 +44,7 @@ class Baselines:
     """The fitted pieces that baselines share.
 
     normals: f32[M, D] linear-probe normals. gradient: (f32[Q, D], domain) -> unit gradient of the
-    predicted log-odds of density. regress: alpha -> ridge weights (`fit_ridge`).
+    predicted log-odds of density. ridge: alpha -> weights (`fit_ridge`). memory: of the training cells.
     """
 
     searcher: Searcher
@@ -53,6 +54,7 @@ class Baselines:
     normals: np.ndarray
     gradient: Callable[[np.ndarray, np.ndarray], np.ndarray]
     ridge: dict[float, np.ndarray]
+    memory: Memory
 
     @property
     def embeddings(self) -> np.ndarray:
@@ -114,10 +116,7 @@ class Baselines:
 
     def nearest_tail(self, contexts: Contexts, _: Any) -> np.ndarray:
         """Tail centroid of the training cell nearest to the seed mean: a lookup."""
-        cells, tail = self.data.cells.members, self.data.tails.tail
-        centres = unit(_masked_mean(self.embeddings, cells))
-        nearest = (self.mean(contexts) @ centres.T).argmax(1)
-        return unit(_masked_mean(self.embeddings, tail[contexts.domain, nearest]))[:, None]
+        return self.memory.nearest(self.mean(contexts), contexts.domain)[:, None]
 
     def ridge_query(self, contexts: Contexts, setting: tuple[float, float]) -> np.ndarray:
         """Ridge regression from the seed mean to the tail centroid, then steering."""
@@ -170,16 +169,6 @@ class Baselines:
         """Upper references; they read the evaluation pattern or the labels."""
         yield Method("reference: predicted tail of the pattern", self.predicted_tail, uses="pattern")
         yield Method("reference: true positives of the pattern", self.true_positives, uses="all labels")
-
-
-def _masked_mean(embeddings: np.ndarray, items: np.ndarray, block: int = 512) -> np.ndarray:
-    """Mean embedding of rows of items i32[R, L] (-1 is padding), in blocks of rows."""
-    out = np.empty((len(items), embeddings.shape[1]), np.float32)
-    for start in range(0, len(items), block):
-        part = items[start : start + block]
-        given = (part >= 0)[..., None]
-        out[start : start + block] = (embeddings[np.maximum(part, 0)] * given).sum(1) / given.sum(1)
-    return out
 
 
 def _top_share(score: np.ndarray, share: float = 0.1, least: int = 8) -> np.ndarray:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax import struct
 from jax.sharding import Mesh
@@ -214,8 +215,8 @@ def say(report: dict[str, Any]) -> None:
 
 @struct.dataclass
 class HppoBatch:
-    """Pairs, and the fresh contexts of the retrieval-aware term (None without it): a round has only so many
-    contexts, and the term would learn them by heart."""
+    """B pairs, and F fresh contexts beside each for the retrieval-aware term, leaves [B, F, ...] (None
+    without it): a round has only so many contexts, and the term would learn them by heart."""
 
     pairs: PairBatch
     fresh: TailBatch | None
@@ -223,11 +224,11 @@ class HppoBatch:
 
 def make_hppo_stage(
     folder: str, retriever: Retriever, space: Space, reference: PyTree, refresh: Refresh, *,
-    preference: Preference, batch: int, retrieval: RetrievalTerm | None = None, seed: int = 0,
+    preference: Preference, batch: int, fresh: int = 1, retrieval: RetrievalTerm | None = None, seed: int = 0,
 ) -> Stage:  # fmt: skip
     """The stage that trains in `folder`. reference: parameters of the stage before, frozen; `fit` must start
-    from them as well (`init_from`), else the loss does not begin at log 2. retrieval: the retrieval-aware
-    term on contexts of its own, ours."""
+    from them as well (`init_from`), else the loss does not begin at log 2. batch: pairs per step. retrieval:
+    the retrieval-aware term, ours, on `fresh` contexts of its own per pair."""
     data = refresh.labeller.fitted.data
     frozen: dict[str, Any] = {"space": space, "reference": reference}
     corpus = None
@@ -242,17 +243,21 @@ def make_hppo_stage(
         given = condition(data.embeddings, pairs["items"][at], pairs["domain"][at])
         sides = (pairs[side][at][:, None] for side in ("winner", "loser"))
         made = PairBatch(given, *sides, np.ones(batch, np.float32))
+        if not retrieval:
+            return HppoBatch(made, None)
         rng = np.random.default_rng([seed, 63, step])
-        return HppoBatch(made, corpus and retrieval_batch(rng, data, batch, refresh.seeds, corpus))
+        rows = retrieval_batch(rng, data, batch * fresh, refresh.seeds, corpus)
+        return HppoBatch(made, jax.tree.map(lambda x: x.reshape(batch, fresh, *x.shape[1:]), rows))
 
     def loss(params: PyTree, frozen: PyTree, batch: HppoBatch, draw: Draw) -> Terms:
         terms = pair_loss(params, frozen, batch.pairs, draw)
         if not retrieval:
             return terms
-        fresh = batch.fresh
-        found = retrieval(retriever, params, frozen, fresh.examples.condition, fresh.candidates)
-        value = terms.loss + fresh.examples.weight * found.loss  # of weight 0: a cell without a seed to draw
-        return Terms(value, terms.weight, {"preference": terms.loss} | terms.aux | found.aux)
+        rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch.fresh)
+        found = retrieval(retriever, params, frozen, rows.examples.condition, rows.candidates)
+        value = rows.examples.weight * found.loss  # of weight 0: a cell without a seed to draw
+        value, aux = jax.tree.map(lambda x: x.reshape(-1, fresh).mean(1), (value, found.aux))
+        return Terms(terms.loss + value, terms.weight, {"preference": terms.loss} | terms.aux | aux)
 
     return Stage(
         name=folder,

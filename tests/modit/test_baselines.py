@@ -8,6 +8,7 @@ from sklearn.linear_model import Ridge
 
 from genret.modit import baselines as bl
 from genret.modit.density import Labels
+from genret.modit.memory import make_memory
 from genret.modit.protocol import Contexts, Searcher
 from genret.retrieval.index import ExactIndex
 
@@ -18,7 +19,9 @@ ALPHAS = (0.1, 10.0)
 def base(searcher, fitted):
     f = fitted
     ridge = bl.fit_ridge(f.data, seeds=8, alphas=ALPHAS, batches=2, size=256)
-    return bl.Baselines(searcher, f.data, f.labels, f.predicted, f.normals, f.gradient, ridge)
+    return bl.Baselines(
+        searcher, f.data, f.labels, f.predicted, f.normals, f.gradient, ridge, make_memory(f.data)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +32,7 @@ def six(catalogue_of):
     seen = np.array([[-1, 1, 0, -1, 1, 0]], np.int8)
     searcher = Searcher(catalogue, ExactIndex(catalogue.embeddings), k=2)
     labels = Labels(np.array([0]), None, None, seen)
-    made = bl.Baselines(searcher, None, labels, None, np.array([[0, 0, 1]], np.float32), None, {})
+    made = bl.Baselines(searcher, None, labels, None, np.array([[0, 0, 1]], np.float32), None, {}, None)
     zero = np.zeros(1, np.int32)
     return made, Contexts(np.array([[0, -1]]), zero, zero, zero)
 
@@ -62,7 +65,7 @@ def test_padding_is_no_medoid(catalogue_of):
     x = [[1, 0], [0, 1], [-1, 0], [0, -1], [1, 1]]
     catalogue = catalogue_of(x, {"a": [True, False, True, False, True]})
     searcher, zero = Searcher(catalogue, None, k=1), np.zeros(1, np.int32)
-    made = bl.Baselines(searcher, None, None, None, None, None, {})
+    made = bl.Baselines(searcher, None, None, None, None, None, {}, None)
     medoid = made.medoid(Contexts(np.array([[0, 1, -1]]), zero, zero, zero), None)[0, 0]
     assert medoid.tolist() in ([1, 0], [0, 1])
 
