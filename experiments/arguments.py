@@ -16,3 +16,11 @@ def parse(argument: str, **defaults: str) -> SimpleNamespace:
             )
         values[name] = value
     return SimpleNamespace(**values)
+
+
+def number(name: str, text: str) -> float:
+    """The number in `text`; raises InputError where there is none."""
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(name, f"cannot read {text!r}", f"write {name}=0.05") from None

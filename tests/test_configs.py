@@ -157,3 +157,11 @@ def test_a_config_error_is_one_line():
     # absl shows where in the config it happened; the last word is ours.
     last = found.stderr.split("Pass --help")[0].strip().splitlines()[-1]
     assert found.returncode and "size: unknown size 'huge'. use one of test, demo" in last, found.stderr
+
+
+def test_the_label_budget_is_an_argument():
+    config = modit.get_config("size=test,budget=0.2")
+    assert config.labels.budget == 0.2 and "budget=0.2" in config.command
+    assert modit.get_config("size=test").labels.budget == 0.05
+    with pytest.raises(InputError, match="^budget: cannot read 'much'.*write budget=0.05"):
+        modit.get_config("budget=much")

@@ -5,7 +5,8 @@
 
 Arguments: size (test, demo, evidence, S, B, L), data (moses, scaffold, fashion, streaming or the path of a
 catalogue), raw (folder or file of the Kaggle CSVs), embeddings (already computed, for those CSVs),
-seeds (0+1+2), ablations (more tables: stages+order+pool+preconditioning, and kinds+curves of queries).
+seeds (0+1+2), ablations (more tables: stages+order+pool+preconditioning, and kinds+curves of queries),
+budget (share of the training items whose labels are probed, .05).
 
 Expected, 2 CPU cores, test, mean Joint@20 over four domains on item / pattern holdout, one seed:
     demo       MOSES 40k: MO-DiT+HPPO .359 / .374, steering .338 / .360 (README), 7 minutes a seed
@@ -16,7 +17,7 @@ S, B and L are meant for accelerators and have no figure yet.
 
 from ml_collections import ConfigDict
 
-from experiments.arguments import parse
+from experiments.arguments import number, parse
 from genret.types import InputError
 
 # steps of (pretrain, cpt, sft, a round of hppo), rounds, batch size, learning rate
@@ -33,12 +34,14 @@ SMALL = ("test", "demo", "evidence")  # sized for CPUs
 
 def get_config(argument: str = "") -> ConfigDict:
     """The whole tree of defaults; every leaf is read, and an unknown one is refused."""
-    arg = parse(argument, size="demo", data="moses", raw="", embeddings="", seeds="0", ablations="")
+    free = dict(raw="", embeddings="", seeds="0", ablations="", budget="")
+    arg = parse(argument, size="demo", data="moses", **free)
     if arg.size not in BUDGET:
         raise InputError("size", f"unknown size {arg.size!r}", f"use one of {', '.join(BUDGET)}")
     steps, rounds, batch, rate = BUDGET[arg.size]
     tiny, evidence = arg.size == "test", arg.size == "evidence"
-    given = ",".join(f"{k}={v}" for k, v in vars(arg).items() if v and k not in ("seeds", "ablations"))
+    joined = ("seeds", "ablations")  # may grow after the fact: `workdir.same_run` writes them
+    given = ",".join(f"{k}={v}" for k, v in vars(arg).items() if v and k not in joined)
 
     def fit(steps: int, **kw) -> dict:
         options = dict(
@@ -74,7 +77,9 @@ def get_config(argument: str = "") -> ConfigDict:
         item_fraction=0.2,  # of each other pattern's groups held out
     )
     c.labels = dict(
-        budget=0.05,  # share of training items probed (papers' A.3: 1 to 5 %)
+        budget=number(
+            "budget", arg.budget or "0.05"
+        ),  # share of training items probed (A.3: 1 to 5 %)
         sweep=(0.01, 0.02, 0.2) if evidence else (),  # more budgets, for the report on the predictor alone
         predictor=fit(40 if tiny else 600, learning_rate=1e-3, weight_decay=0.05),
     )
