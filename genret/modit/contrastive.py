@@ -39,7 +39,9 @@ class QueryEncoder(nn.Module):
         size, zeros = x.shape[-1], nn.initializers.zeros
         maps = self.param("kernel", zeros, (self.domains, size, size))
         shifts = self.param("bias", zeros, (self.domains, size))
-        return unit(x + jnp.einsum("bd,bde->be", x, maps[domain]) + shifts[domain])
+        # Every domain's product, then its own, as in `DiT`: far cheaper than a gather of maps.
+        moved = jnp.einsum("bd,mde->bme", x, maps) + shifts
+        return unit(x + jnp.take_along_axis(moved, domain[:, None, None], axis=1)[:, 0])
 
 
 def fit_contrastive(
