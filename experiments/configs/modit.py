@@ -40,6 +40,7 @@ def get_config(argument: str = "") -> ConfigDict:
         raise InputError("size", f"unknown size {arg.size!r}", f"use one of {', '.join(BUDGET)}")
     steps, rounds, batch, rate = BUDGET[arg.size]
     tiny, evidence = arg.size == "test", arg.size == "evidence"
+    large = evidence and arg.data in ("moses", "scaffold")  # few clusterings make cells enough
     joined = ("seeds", "ablations")  # may grow after the fact: `workdir.same_run` writes them
     given = ",".join(f"{k}={v}" for k, v in vars(arg).items() if v and k not in joined)
 
@@ -84,8 +85,8 @@ def get_config(argument: str = "") -> ConfigDict:
         predictor=fit(40 if tiny else 600, learning_rate=1e-3, weight_decay=0.05),
     )
     c.latent = dict(
-        sizes=(40, 64) if evidence else (32, 48, 80),  # mean items of a latent cell, one clustering each
-        seeds=2 if evidence else 4,  # clusterings per size
+        sizes=(40, 64) if large else (32, 48, 80),  # mean items of a latent cell, one clustering each
+        seeds=2 if large else 4,  # clusterings per size
         smallest=24,  # items; smaller cells are not used
         neighbours=20,  # of the walk's kNN graph (GTG: 20 to 50)
         tail_share=0.1,  # papers' A.7
