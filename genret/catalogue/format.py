@@ -94,6 +94,11 @@ class Catalogue:
     def num_domains(self) -> int:
         return len(self.attribute_names)
 
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """Everything that training or evaluation reads."""
+        return self.embeddings, self.labels, self.patterns, self.groups, self.assigned
+
 
 def load(
     path: str | Path,
