@@ -3,6 +3,10 @@
 Peebles & Xie 2023 (arXiv 2212.09748) for the block; the layout is papers' prefix conditioning: the
 context is read bidirectionally and never sees the set, the set sees everything. Set rows carry no
 positions, so the network is equivariant to their order; positions on the context carry metric order.
+
+A model of `max_context` 0 has no prefix: its tokens are the set alone, and what it is conditioned on is the
+memory, by cross-attention. With `adaln=False, mlp_ratio=1` and `row_positions` it is the block that R4T's
+parameter count points to (papers.md B.6, point 6).
 """
 
 from __future__ import annotations
@@ -29,9 +33,9 @@ SIZES = {  # width, depth, heads
 SHARDING_RULES = (
     (r"(qkv|query|memory_kv|mlp_in|modulation)/kernel", P("fsdp", "tensor")),
     (r"(attention_out|memory_out|mlp_out)/kernel", P("tensor", "fsdp")),
-    (r"(read|write|noise)\w*/kernel", P("fsdp", "tensor")),
+    (r"(read|write|noise|mean)\w*/kernel", P("fsdp", "tensor")),
     (r"mean_map$", P(None, "fsdp", "tensor")),
-    (r"(bias|embedding|positions)$", P()),
+    (r"(bias|scale|embedding|positions)$", P()),
 )
 
 _normal = nn.initializers.normal(0.02)
@@ -50,17 +54,27 @@ def _fourier(noise: Array, features: int = 128) -> Array:
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)
 
 
+def _modulation(c: Array, parts: int, width: int) -> list[Array]:
+    """adaLN-Zero: `parts` vectors f32[B, 1, W] read from c f32[B, W], all zero at initialisation."""
+    zero = nn.initializers.zeros
+    out = nn.Dense(parts * width, kernel_init=zero, name="modulation")(nn.silu(c))
+    return jnp.split(out[:, None], parts, axis=-1)
+
+
 class Block(nn.Module):
-    """Attention, optional cross-attention and MLP, each scaled, shifted and gated by the condition."""
+    """Attention, optional cross-attention and MLP, each scaled, shifted and gated by the condition (adaLN),
+    or an ordinary pre-LayerNorm block."""
 
     width: int
     heads: int
     cross: bool
+    adaln: bool
+    mlp_ratio: int
     dtype: Any
     attention: str | None
 
     @nn.compact
-    def __call__(self, x: Array, c: Array, mask: Array, memory: Array | None) -> Array:
+    def __call__(self, x: Array, c: Array, mask: Array | None, memory: Array | None) -> Array:
         def dense(features: int, name: str) -> nn.Dense:
             return nn.Dense(features, dtype=self.dtype, name=name)
 
@@ -69,24 +83,23 @@ class Block(nn.Module):
             return jnp.split(h, n, axis=2)
 
         branches = 3 if self.cross else 2
-        modulation = nn.Dense(
-            3 * branches * self.width, kernel_init=nn.initializers.zeros, name="modulation"
-        )(nn.silu(c))
-        parts = jnp.split(modulation[:, None], 3 * branches, axis=-1)  # each [B, 1, W], float32
+        parts = _modulation(c, 3 * branches, self.width) if self.adaln else [1.0] * 3 * branches
 
-        def modulated(branch: int) -> Array:
+        def normed(branch: int) -> Array:
+            if not self.adaln:
+                return nn.LayerNorm(name=f"norm_{branch}")(x).astype(self.dtype)
             shift, scale = parts[3 * branch : 3 * branch + 2]
             return (_norm(x) * (1 + scale) + shift).astype(self.dtype)
 
-        q, k, v = split(dense(3 * self.width, "qkv")(modulated(0)), 3)
+        q, k, v = split(dense(3 * self.width, "qkv")(normed(0)), 3)
         h = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=self.attention)
         x = x + parts[2] * dense(self.width, "attention_out")(h.reshape(*x.shape))
         if self.cross:
-            (q,) = split(dense(self.width, "query")(modulated(1)), 1)
+            (q,) = split(dense(self.width, "query")(normed(1)), 1)
             k, v = split(dense(2 * self.width, "memory_kv")(memory.astype(self.dtype)), 2)
             h = jax.nn.dot_product_attention(q, k, v, implementation=self.attention)
             x = x + parts[5] * dense(self.width, "memory_out")(h.reshape(*x.shape))
-        h = nn.gelu(dense(4 * self.width, "mlp_in")(modulated(branches - 1)))
+        h = nn.gelu(dense(self.mlp_ratio * self.width, "mlp_in")(normed(branches - 1)))
         return x + parts[-1] * dense(self.width, "mlp_out")(h)
 
 
@@ -94,7 +107,10 @@ class DiT(nn.Module):
     """F(z; c_noise, c): f32[B, K, D] -> f32[B, K, D]. Zero at initialisation (adaLN-Zero).
 
     width, depth, heads: transformer size (see SIZES). embedding: D. domains: M (the null domain M is
-    added). max_context: longest context S. cross: read `condition.memory` by cross-attention.
+    added). max_context: longest context S; 0 for no prefix. cross: read `condition.memory` by
+    cross-attention. adaln: False adds the noise level to every token instead, and norms are learned.
+    mlp_ratio: hidden width of the MLPs over `width`. row_positions: rows that get a position of their own; 0
+    keeps the network equivariant to the order of the set.
     dtype: of the matmuls; norms, residual stream and parameters stay float32. attention: implementation
     of `jax.nn.dot_product_attention`: None lets JAX choose, "cudnn" asks for the fused GPU kernel (bfloat16).
     """
@@ -106,71 +122,94 @@ class DiT(nn.Module):
     domains: int
     max_context: int
     cross: bool = False
+    adaln: bool = True
+    mlp_ratio: int = 4
+    row_positions: int = 0
     dtype: Any = jnp.float32
     attention: str | None = None
 
     @nn.compact
-    def __call__(self, z: Array, noise: Array, condition: Condition, anchor: Array) -> Array:
-        """z: f32[B, K, D]; noise: c_noise f32[B]; anchor: f32[B, D] (`Space.anchor`).
+    def __call__(
+        self, z: Array, noise: Array, condition: Condition, anchor: Array, present: Array | None = None
+    ) -> Array:
+        """z: f32[B, K, D]; noise: c_noise f32[B]; anchor: f32[B, D] (`Space.anchor`). present: bool[B, K],
+        the rows that exist (None: all); nothing reads the others, whose own output means nothing.
 
         Raises InputError when the condition does not fit the model.
         """
         batch, rows, width = z.shape
         seeds = condition.context.shape[1]
-        self._check(width, condition)
+        self._check(rows, width, condition)
 
         def dense(name: str, **kw: Any) -> nn.Dense:
             return nn.Dense(self.width, dtype=self.dtype, name=name, **kw)
 
-        domain = nn.Embed(self.domains + 1, self.width, embedding_init=_normal, name="domain_embedding")(
-            condition.domain
-        )  # [B, W]
-        kind = nn.Embed(4, self.width, embedding_init=_normal, name="type_embedding")(jnp.arange(4))
-        positions = self.param("positions", _normal, (self.max_context, self.width))
         root = math.sqrt(width)  # unit-norm rows enter with coordinate variance 1
-
-        tokens = jnp.concatenate(
-            [
-                domain[:, None] + kind[0],
-                dense("read_anchor")(anchor * root)[:, None] + kind[1],
-                dense("read_context")(condition.context * root) + positions[:seeds] + kind[2],
-                dense("read_set")(z) + kind[3],
-            ],
-            axis=1,
-        ).astype(jnp.float32)  # [B, 2+S+K, W]
-
-        fixed = jnp.ones((batch, 2), bool)
-        context = jnp.concatenate([fixed, condition.mask, jnp.zeros((batch, rows), bool)], 1)
-        everything = jnp.concatenate([fixed, condition.mask, jnp.ones((batch, rows), bool)], 1)
-        is_set = jnp.arange(tokens.shape[1]) >= 2 + seeds
-        mask = jnp.where(is_set[None, :, None], everything[:, None], context[:, None])[:, None]
-
+        tokens = dense("read_set")(z)
+        mask = None if present is None else present[:, None, None]  # [B, 1, 1, K]
         c = nn.Dense(self.width, name="noise_in")(_fourier(noise))
-        c = nn.Dense(self.width, name="noise_out")(nn.silu(c)) + domain
+        c = nn.Dense(self.width, name="noise_out")(nn.silu(c))
+        if self.max_context:
+            domain = nn.Embed(self.domains + 1, self.width, embedding_init=_normal, name="domain_embedding")(
+                condition.domain
+            )  # [B, W]
+            kind = nn.Embed(4, self.width, embedding_init=_normal, name="type_embedding")(jnp.arange(4))
+            positions = self.param("positions", _normal, (self.max_context, self.width))
+            tokens = jnp.concatenate(
+                [
+                    domain[:, None] + kind[0],
+                    dense("read_anchor")(anchor * root)[:, None] + kind[1],
+                    dense("read_context")(condition.context * root) + positions[:seeds] + kind[2],
+                    tokens + kind[3],
+                ],
+                axis=1,
+            )  # [B, 2+S+K, W]
+            there = jnp.ones((batch, rows), bool) if present is None else present
+            fixed = jnp.ones((batch, 2), bool)
+            context = jnp.concatenate([fixed, condition.mask, jnp.zeros((batch, rows), bool)], 1)
+            everything = jnp.concatenate([fixed, condition.mask, there], 1)
+            is_set = jnp.arange(tokens.shape[1]) >= 2 + seeds
+            mask = jnp.where(is_set[None, :, None], everything[:, None], context[:, None])[:, None]
+            c = c + domain
+        tokens = tokens.astype(jnp.float32)
+        if self.row_positions:
+            place = self.param("row_positions", _normal, (self.row_positions, self.width))
+            tokens = tokens.at[:, -rows:].add(place[:rows])
+        if not self.adaln:
+            tokens = tokens + c[:, None]
         for i in range(self.depth):
-            block = Block(self.width, self.heads, self.cross, self.dtype, self.attention, name=f"block_{i}")
+            block = Block(
+                self.width, self.heads, self.cross, self.adaln, self.mlp_ratio, self.dtype, self.attention,
+                name=f"block_{i}",
+            )  # fmt: skip
             tokens = block(tokens, c, mask, condition.memory)
 
-        shift, scale = jnp.split(
-            nn.Dense(2 * self.width, kernel_init=nn.initializers.zeros, name="modulation")(nn.silu(c))[
-                :, None
-            ],
-            2,
-            axis=-1,
-        )
-        h = _norm(tokens[:, 2 + seeds :]) * (1 + scale) + shift
+        h = tokens[:, -rows:]
+        if self.adaln:
+            shift, scale = _modulation(c, 2, self.width)
+            h = _norm(h) * (1 + scale) + shift
+        else:
+            h = nn.LayerNorm(name="norm")(h)
         out = nn.Dense(width, kernel_init=nn.initializers.zeros, name="write_set")(h)
+        if not self.adaln:
+            return out
 
-        # A linear conditional mean ν per domain beside the trunk: it generalises from few patterns. For
-        # Gaussian data of mean ν the exact F is σ/√(1+σ²) ν plus what the preconditioning already does.
-        maps = self.param("mean_map", nn.initializers.zeros, (self.domains + 1, width, width))
-        # Every domain's product, then its own: a gather of D x D maps per example costs twenty times more.
-        means = jnp.einsum("bd,mde->bme", anchor * root, maps)
-        mean = jnp.take_along_axis(means, condition.domain[:, None, None], axis=1)[:, 0]
+        # A linear conditional mean ν beside the trunk, of the anchor (per domain) or of the memory: it
+        # generalises from few patterns. For Gaussian data of mean ν the exact F is σ/√(1+σ²) ν plus what
+        # the preconditioning already does.
+        if self.max_context:
+            maps = self.param("mean_map", nn.initializers.zeros, (self.domains + 1, width, width))
+            # Every domain's product, then its own: a gather of D x D maps costs twenty times more.
+            means = jnp.einsum("bd,mde->bme", anchor * root, maps)
+            mean = jnp.take_along_axis(means, condition.domain[:, None, None], axis=1)[:, 0]
+        else:
+            mean = nn.Dense(width, kernel_init=nn.initializers.zeros, name="mean")(
+                condition.memory.mean(1) * root
+            )
         sigma = jnp.exp(4 * noise)[:, None]
         return out + (mean * sigma * jax.lax.rsqrt(1 + sigma**2))[:, None]
 
-    def _check(self, width: int, condition: Condition) -> None:
+    def _check(self, rows: int, width: int, condition: Condition) -> None:
         if width != self.embedding or condition.context.shape[-1] != self.embedding:
             got = f"{width} in the set, {condition.context.shape[-1]} in the context"
             raise InputError(
@@ -182,8 +221,15 @@ class DiT(nn.Module):
                 "context", f"{condition.context.shape[1]} items, more than {self.max_context}",
                 "pass fewer seeds or train with a larger max_context",
             )  # fmt: skip
+        if not (self.max_context or self.cross):
+            raise InputError("cross", "missing in a model without context", "set it, or a max_context")
         if self.cross and condition.memory is None:
             raise InputError("memory", "missing for a cross-attention model", "pass the query embedding")
+        if 0 < self.row_positions < rows:
+            raise InputError(
+                "rows", f"{rows}, more than the {self.row_positions} with a position",
+                "ask for fewer rows or train with more row_positions",
+            )  # fmt: skip
 
 
 def make_dit(size: str, *, embedding: int, domains: int, max_context: int, **kw: Any) -> DiT:

@@ -9,7 +9,8 @@ Units, stated here once. Embeddings y are unit-norm rows. What is diffused is
 and σ_data = 1 throughout; σ is therefore relative to the data. Two forms:
 
     centred  μ(c) = normalise(mean of the context + direction of the domain): the residual to a query
-             that is already good. A network that outputs zero *is* that query.
+             that is already good. A network that outputs zero *is* that query. Without a context (S = 0)
+             the memory takes its place: a text query, say.
     plain    μ = 0, s = 1/√D: the form of the image papers, kept for the ablation.
 
 In embedding units the centred form reads D(x) = μ + c_skip (x - μ) + c_out F(c_in (x - μ), c).
@@ -56,8 +57,11 @@ class Space:
         """μ(c) f32[B, D]: unit-norm in the centred form, zero in the plain form."""
         if not self.centred:
             return jnp.zeros((condition.context.shape[0], self.scale.shape[0]), jnp.float32)
-        weight = condition.mask.astype(jnp.float32)[..., None]  # [B, S, 1]
-        mean = jnp.sum(condition.context * weight, 1) / jnp.maximum(jnp.sum(weight, 1), 1.0)
+        if condition.context.shape[1] == 0 and condition.memory is not None:
+            mean = condition.memory.mean(1)
+        else:
+            weight = condition.mask.astype(jnp.float32)[..., None]  # [B, S, 1]
+            mean = jnp.sum(condition.context * weight, 1) / jnp.maximum(jnp.sum(weight, 1), 1.0)
         return unit(unit(mean) + self.directions[condition.domain])
 
     def encode(self, y: Array, anchor: Array) -> Array:
@@ -136,9 +140,15 @@ def denoising_residual(denoise: Denoiser, clean: Array, sigma: Array, noise: Arr
     return jnp.sqrt(loss_weight(sigma))[:, None, None] * residual
 
 
-def denoising_error(denoise: Denoiser, clean: Array, sigma: Array, noise: Array) -> Array:
-    """λ(σ) ‖D(z₀ + σ ε; σ) - z₀‖², summed over the set and its coordinates: f32[B]."""
-    return jnp.sum(denoising_residual(denoise, clean, sigma, noise) ** 2, axis=(1, 2))
+def denoising_error(
+    denoise: Denoiser, clean: Array, sigma: Array, noise: Array, present: Array | None = None
+) -> Array:
+    """λ(σ) ‖D(z₀ + σ ε; σ) - z₀‖², summed over the set and its coordinates: f32[B].
+
+    present: bool[B, K], the rows to sum over (None: all).
+    """
+    where = None if present is None else present[..., None]
+    return jnp.sum(denoising_residual(denoise, clean, sigma, noise) ** 2, axis=(1, 2), where=where)
 
 
 def gaussian_noise(key: Array, shape: tuple[int, int]) -> Array:

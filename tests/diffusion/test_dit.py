@@ -130,3 +130,79 @@ def test_sizes_are_of_their_class_and_every_parameter_has_a_rule(size, millions)
     )  # fmt: skip
     assert sharded / 1e6 > 0.95 * count
     assert set(SIZES) == {"test", "demo", "S", "B", "L"}
+
+
+@pytest.fixture(scope="module", params=["adaln", "plain"])
+def alone(request):
+    """A model without prefix: the set, and a memory read by cross-attention."""
+    form = {} if request.param == "adaln" else {"adaln": False, "mlp_ratio": 1}
+    model = make_dit("test", embedding=D, domains=0, max_context=0, cross=True, **form)
+    rng = np.random.default_rng(0)
+    condition = Condition(
+        jnp.zeros((B, 0, D)), jnp.zeros((B, 0), bool), jnp.zeros(B, jnp.int32),
+        jnp.asarray(rng.normal(size=(B, 1, D)), jnp.float32),
+    )  # fmt: skip
+    z, noise = jnp.asarray(rng.normal(size=(B, K, D)), jnp.float32), jnp.array([0.1, -1.0, 0.5])
+    params = Retriever(model).init(jax.random.key(0))
+    moved = jax.tree.map(lambda p: p + 0.2 * jnp.float32(rng.normal(size=p.shape)), params)
+    return model, params, moved, (z, noise, condition, jnp.zeros((B, D)))
+
+
+def test_without_a_prefix_everything_but_the_set_comes_from_the_memory(alone):
+    model, params, moved, (z, noise, condition, anchor) = alone
+    apply = lambda *inputs, p=moved: model.apply({"params": p}, *inputs)  # noqa: E731
+    assert not apply(z, noise, condition, anchor, p=params).any()
+    base = apply(z, noise, condition, anchor)
+    np.testing.assert_array_equal(apply(z, noise, condition, anchor + 1), base)
+    order = jnp.array([2, 0, 3, 1])
+    np.testing.assert_allclose(apply(z[:, order], noise, condition, anchor), base[:, order], atol=2e-5)
+    for other in (
+        apply(z, noise, condition.replace(memory=-condition.memory), anchor),
+        apply(z, noise + 1, condition, anchor),
+        apply(z + 1, noise, condition, anchor),
+    ):
+        assert jnp.abs(other - base).max() > 1e-2
+    assert not {"domain_embedding", "positions", "read_context", "mean_map"} & params.keys()
+
+
+def test_the_memorys_linear_mean_is_the_exact_network_of_shifted_gaussian_data(alone):
+    """As `mean_map` is of the anchor; the plain block has nothing beside its trunk."""
+    model, params, _, (z, _, condition, anchor) = alone
+    if not model.adaln:
+        assert "mean" not in params
+        return
+    rng = np.random.default_rng(5)
+    mean = {"kernel": jnp.float32(rng.normal(size=(D, D))), "bias": jnp.float32(rng.normal(size=D))}
+    sigma = jnp.array([0.05, 1.0, 60.0])
+    denoise = edm.denoiser(
+        lambda x, noise: model.apply({"params": {**params, "mean": mean}}, x, noise, condition, anchor)
+    )
+    nu = (condition.memory[:, 0] * D**0.5 @ mean["kernel"] + mean["bias"])[:, None]
+    s2 = sigma[:, None, None] ** 2
+    np.testing.assert_allclose(denoise(z, sigma), (z + s2 * nu) / (1 + s2), rtol=1e-4, atol=1e-4)
+
+
+def test_rows_that_are_not_there_are_read_by_nobody(case):
+    model, _, params, (z, *rest) = case
+    present = jnp.arange(K) < jnp.array([4, 2, 1])[:, None]
+    ours = model.apply(params, z, *rest, present)
+    other = model.apply(params, jnp.where(present[..., None], z, 9.0), *rest, present)
+    np.testing.assert_allclose(ours[present], other[present], atol=2e-5)
+    np.testing.assert_allclose(ours[1, :2], model.apply(params, z[:, :2], *rest)[1], atol=2e-5)
+    assert jnp.abs(ours[1, :2] - model.apply(params, z, *rest)[1, :2]).max() > 1e-3
+
+
+def test_row_positions_tell_rows_apart_and_are_enough_for_as_many_rows(alone):
+    _, _, _, (z, noise, condition, anchor) = alone
+    model = make_dit("test", embedding=D, domains=0, max_context=0, cross=True, row_positions=K)
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(
+        lambda p: p + 0.2 * jnp.float32(rng.normal(size=p.shape)), Retriever(model).init(jax.random.key(0))
+    )
+    same = jnp.broadcast_to(z[:, :1], z.shape)
+    out = model.apply({"params": params}, same, noise, condition, anchor)
+    assert jnp.abs(out[:, 0] - out[:, 1]).max() > 1e-2
+    with pytest.raises(InputError, match="rows"):
+        model.apply({"params": params}, jnp.tile(z, (1, 2, 1)), noise, condition, anchor)
+    with pytest.raises(InputError, match="cross"):
+        Retriever(make_dit("test", embedding=D, domains=0, max_context=0)).init(jax.random.key(0))

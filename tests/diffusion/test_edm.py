@@ -155,3 +155,26 @@ def test_targets_equal_to_their_anchor_are_refused():
     space = edm.Space(jnp.ones(8), jnp.zeros((3, 8)))
     with pytest.raises(InputError, match="target"):
         edm.fit_space(condition, space.anchor(condition)[:, None], np.zeros((3, 8)))
+
+
+def test_without_a_context_the_memory_is_the_anchor():
+    rng = np.random.default_rng(0)
+    memory = jnp.asarray(rng.normal(size=(3, 2, 4)), jnp.float32)
+    condition = Condition(jnp.zeros((3, 0, 4)), jnp.zeros((3, 0), bool), jnp.zeros(3, jnp.int32), memory)
+    space = edm.Space(jnp.ones(4), jnp.zeros((1, 4)))
+    mean = np.asarray(memory).mean(1)
+    wanted = mean / np.linalg.norm(mean, axis=-1, keepdims=True)
+    np.testing.assert_allclose(space.anchor(condition), wanted, rtol=1e-5)
+    assert not space.anchor(condition.replace(memory=0 * memory)).any()
+    seeds = Condition(jnp.ones((3, 1, 4)), jnp.ones((3, 1), bool), jnp.zeros(3, jnp.int32), memory)
+    np.testing.assert_allclose(space.anchor(seeds), 0.5, rtol=1e-5)  # a context goes before it
+
+
+def test_error_sums_over_the_rows_that_are_there():
+    rng = np.random.default_rng(0)
+    clean, noise = jnp.asarray(rng.normal(size=(2, 2, 3, 4)), jnp.float32)
+    sigma, present = jnp.array([0.5, 2.0]), jnp.array([[True, False, True], [False, True, False]])
+    denoise = lambda z, s: 0.3 * z  # noqa: E731
+    residual = np.asarray(edm.denoising_residual(denoise, clean, sigma, noise))
+    wanted = [(residual[0, [0, 2]] ** 2).sum(), (residual[1, 1] ** 2).sum()]
+    np.testing.assert_allclose(edm.denoising_error(denoise, clean, sigma, noise, present), wanted, rtol=1e-5)

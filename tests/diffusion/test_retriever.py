@@ -110,15 +110,15 @@ def test_loss_at_initialisation_is_the_energy_of_the_target(retriever):
 
 
 def test_guidance_compares_branches_in_the_coordinates_they_were_trained_in(retriever):
-    """With drop_domain = 1 training must still use the anchor of the domain asked for."""
+    """With drop = 1 training must still use the anchor of the domain asked for."""
     condition = contexts(64)
     directions = np.zeros((M + 1, D), np.float32)
     directions[:M] = np.eye(D)[:M]
     space = edm.Space(jnp.full(D, 0.1), jnp.asarray(directions))
     batch = Batch(condition, space.anchor(condition)[:, None], jnp.ones(64))
     params, draw = retriever.init(jax.random.key(0)), draw_for(0, jnp.int32(0), 64)
-    always = dataclasses.replace(retriever, drop_domain=1.0)
-    never = dataclasses.replace(retriever, drop_domain=0.0)
+    always = dataclasses.replace(retriever, drop=1.0)
+    never = dataclasses.replace(retriever, drop=0.0)
     # A zero network's loss depends on the target's coordinates alone, hence on the anchor alone.
     np.testing.assert_allclose(
         always.loss(params, space, batch, draw).loss, never.loss(params, space, batch, draw).loss, rtol=1e-5

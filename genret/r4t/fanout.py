@@ -1,0 +1,67 @@
+"""Fan-outs of a trained set retriever: all K rows of a set in one joint draw.
+
+`items.nearest_items` maps them to contents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from genret.diffusion.edm import Space
+from genret.diffusion.retriever import Method, Retriever
+from genret.r4t.prompts import K
+from genret.r4t.stages import condition
+from genret.types import InputError, PyTree
+
+SDE_STEPS = 256  # the paper's sampler
+GUIDANCE = 0.1
+
+
+def network_calls(method: Method, steps: int, guidance: float = 0.0) -> int:
+    """Calls of the network that one draw costs, both branches of the guidance counted."""
+    calls = {"posterior_mean": 1, "heun": 2 * steps - 1}.get(method, steps)
+    return calls * (2 if guidance else 1)
+
+
+@dataclass(frozen=True)
+class SetRetriever:
+    """A trained set model. rows: L, drawn at a time. block: most queries at once."""
+
+    retriever: Retriever
+    params: PyTree
+    space: Space
+    rows: int = K
+    block: int = 256
+
+    def sets(
+        self, queries: np.ndarray, k: int | None = None, *, method: Method = "euler_maruyama",
+        steps: int = SDE_STEPS, guidance: float = GUIDANCE, seed: int = 0,
+    ) -> np.ndarray:  # fmt: skip
+        """Unit-norm queries f32[Q, D] -> sets f32[Q, k, D], unit-norm: the first k of the L rows drawn.
+
+        Query q's draw depends on `seed` and q alone. Runs in blocks of one compiled shape; `network_calls`
+        says what a draw costs. Raises InputError for k > L, and for the posterior mean of a model whose rows
+        have no positions: they would all be the same.
+        """
+        k = self.rows if k is None else k
+        if not 1 <= k <= self.rows:
+            raise InputError("k", f"{k} of the {self.rows} rows drawn", f"use 1 to {self.rows}")
+        if method == "posterior_mean" and not self.retriever.model.row_positions and k > 1:
+            problem = "gives all rows of an equivariant model the same value"
+            raise InputError("method", f"posterior_mean {problem}", "use a sampler")
+        out = np.empty((len(queries), k, queries.shape[1]), np.float32)
+        keys = jax.random.split(jax.random.key(seed), len(queries))
+        size = min(self.block, len(queries))
+        w = np.float32(guidance) if guidance else None
+        for start in range(0, len(queries), self.block):
+            at = np.arange(start, min(start + size, len(queries)))
+            padded = np.resize(at, size)
+            drawn = self.retriever.generate(
+                self.params, self.space, condition(queries[padded]), keys[padded], w,
+                method=method, steps=steps, rows=self.rows,
+            )  # fmt: skip
+            out[at] = np.asarray(drawn)[: len(at), :k]
+        return out
