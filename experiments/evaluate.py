@@ -21,6 +21,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from experiments import fanouts, r4t
 from experiments.catalogues import open_catalogue
 from experiments.command import launch
 from experiments.modit import Run, open_run
@@ -154,9 +155,14 @@ def main(
     """Every seed of `config`."""
     if follow and not checkpoints:
         raise InputError("--follow", "follows the checkpoints of stages", "give --checkpoints=sft")
-    _pattern(methods)
+    wanted = _pattern(methods)
+    if "fanout" in config:
+        for run in r4t.open_runs(config, workdir):
+            fanouts.evaluate_run(run, workdir / "results.jsonl", lambda name: bool(wanted.search(name)))
+            fanouts.time_run(run, workdir / "latency.jsonl")
+        return
     catalogue = open_catalogue(config.catalogue)
-    same_run(config, catalogue, workdir)
+    same_run(config, catalogue.arrays, workdir)
     runs = (open_run(config, workdir, seed, catalogue) for seed in config.seeds)
     if checkpoints:
         folders = list(filter(None, checkpoints.split(",")))

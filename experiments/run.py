@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
+from experiments import r4t
 from experiments.catalogues import open_catalogue
 from experiments.command import launch
 from experiments.modit import open_run
@@ -16,8 +17,12 @@ from experiments.workdir import same_run
 
 def main(config: ConfigDict, workdir: Path) -> None:
     """Every seed of `config`, one after the other."""
+    if "fanout" in config:
+        for run in r4t.open_runs(config, workdir):
+            run.train()
+        return
     catalogue = open_catalogue(config.catalogue)
-    same_run(config, catalogue, workdir)
+    same_run(config, catalogue.arrays, workdir)
     print(
         f"{catalogue.name}: {catalogue.num_items} items x {catalogue.width}, "
         f"{catalogue.num_patterns} patterns, attributes {', '.join(catalogue.attribute_names)}; "

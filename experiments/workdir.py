@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from genret.catalogue.format import Catalogue
 from genret.types import InputError
 
 
@@ -36,8 +36,8 @@ def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(row) + "\n" for row in read_rows(path) + rows))
 
 
-def same_run(config: ConfigDict, catalogue: Catalogue, workdir: Path) -> None:
-    """Note config and catalogue in `workdir`, or raise InputError if it holds a run of others.
+def same_run(config: ConfigDict, arrays: Sequence[np.ndarray], workdir: Path) -> None:
+    """Note config and data in `workdir`, or raise InputError if it holds a run of others.
 
     Seeds and ablations may join a run, and where it runs (mesh, folder of the data) may change. Beside the
     config stand `command`, with all of them, and `environment`, that of the last command that ran.
@@ -45,7 +45,7 @@ def same_run(config: ConfigDict, catalogue: Catalogue, workdir: Path) -> None:
     new = json.loads(config.to_json_best_effort())
     new["environment"] = {name: version(name) for name in ("jax", "flax")}
     new["environment"] |= {"device": jax.devices()[0].device_kind, "devices": jax.device_count()}
-    new["catalogue_digest"] = _digest(catalogue)
+    new["catalogue_digest"] = _digest(arrays)
     path = workdir / "config.json"
     workdir.mkdir(parents=True, exist_ok=True)
     if path.exists():
@@ -74,10 +74,10 @@ def _what(config: dict[str, Any], name: str) -> Any:
     return {k: v for k, v in value.items() if k != "folder"} if name == "catalogue" else value
 
 
-def _digest(catalogue: Catalogue) -> int:
-    """CRC of everything that training or evaluation reads."""
+def _digest(arrays: Sequence[np.ndarray]) -> int:
+    """CRC of everything that training or evaluation reads, in blocks of rows."""
     code = 0
-    for array in (catalogue.embeddings, catalogue.labels, catalogue.patterns, catalogue.groups):
+    for array in arrays:
         for start in range(0, len(array), 65536):
             code = zlib.crc32(np.ascontiguousarray(array[start : start + 65536]), code)
-    return zlib.crc32(catalogue.assigned.tobytes(), code)
+    return code

@@ -4,7 +4,11 @@
 set -euo pipefail
 [ $# -ge 2 ] || { sed -n '2,3s/^# //p' "$0" >&2; exit 2; }
 config="--config=$1" workdir="--workdir=$2"
-case "$1" in *data=fashion* | *data=streaming*) extra=text ;; *) extra=moses ;; esac
+case "$1" in
+*configs/r4t.py*) extra=fanout ;;
+*data=fashion* | *data=streaming*) extra=text ;;
+*) extra=moses ;;
+esac
 shift 2
 # shellcheck source=launch/environment.sh
 . "$(dirname "$0")/environment.sh" "$extra"

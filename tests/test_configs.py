@@ -67,7 +67,7 @@ def test_every_leaf_is_read_by_a_whole_run(tmp_path, monkeypatch):
     config = tracked(config)
     Reads.seen.clear()
     catalogue = open_catalogue(config.catalogue)
-    same_run(config, catalogue, tmp_path / "run")
+    same_run(config, catalogue.arrays, tmp_path / "run")
     one = open_run(config, tmp_path / "run", config.seeds[0], catalogue)
     with contextlib.redirect_stdout(io.StringIO()):
         one.train()
@@ -130,20 +130,20 @@ def test_every_size_makes_its_config_and_model(size):
 
 
 def test_a_workdir_keeps_to_its_run_but_seeds_may_join(molecules, tmp_path):
-    same_run(modit.get_config("size=test"), molecules, tmp_path)
+    same_run(modit.get_config("size=test"), molecules.arrays, tmp_path)
     config = modit.get_config("size=test,seeds=1")
     config.mesh.fsdp = 2
-    same_run(config, molecules, tmp_path)
+    same_run(config, molecules.arrays, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["seeds"] == [0, 1]
     with pytest.raises(InputError, match="another batch"):
-        same_run(modit.get_config("size=demo"), molecules, tmp_path)
+        same_run(modit.get_config("size=demo"), molecules.arrays, tmp_path)
     labels = molecules.labels.copy()
     labels[0, 7] = 1 - labels[0, 7]
     with pytest.raises(InputError, match="catalogue digest"):
-        same_run(config, dataclasses.replace(molecules, labels=labels), tmp_path)
+        same_run(config, dataclasses.replace(molecules, labels=labels).arrays, tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputError, match="not JSON"):
-        same_run(config, molecules, tmp_path)
+        same_run(config, molecules.arrays, tmp_path)
 
 
 def test_a_config_error_is_one_line():

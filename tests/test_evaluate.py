@@ -140,7 +140,7 @@ def test_methods_are_chosen_by_table_and_name(run, tmp_path):
 
 def test_the_command_and_the_machine_are_kept_beside_the_config(molecules, tmp_path):
     config = modit.get_config("size=test")
-    same_run(config, molecules, tmp_path)
+    same_run(config, molecules.arrays, tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
     assert stored["environment"]["device"] and stored["environment"].keys() >= {"jax", "flax", "devices"}
     said = "python -m experiments.run --config=experiments/configs/modit.py:size=test,data=moses"
@@ -149,11 +149,11 @@ def test_the_command_and_the_machine_are_kept_beside_the_config(molecules, tmp_p
     stored |= {"environment": {"jax": "0"}}
     (tmp_path / "config.json").write_text(json.dumps(stored))
     # Seeds and ablations may join; neither they, the command nor the machine make it another run.
-    same_run(modit.get_config("size=test,seeds=2,ablations=order"), molecules, tmp_path)
+    same_run(modit.get_config("size=test,seeds=2,ablations=order"), molecules.arrays, tmp_path)
     about = read_about(tmp_path)
     assert about.command == f"{said},seeds=0+2,ablations=order{where}" and about.environment["jax"] != "0"
     assert not {"command", "environment"} & about.config.keys()
     silent = modit.get_config("size=test")
     del silent.command
-    same_run(silent, molecules, tmp_path)
+    same_run(silent, molecules.arrays, tmp_path)
     assert "command" not in json.loads((tmp_path / "config.json").read_text())

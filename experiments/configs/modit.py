@@ -78,9 +78,7 @@ def get_config(argument: str = "") -> ConfigDict:
         item_fraction=0.2,  # of each other pattern's groups held out
     )
     c.labels = dict(
-        budget=number(
-            "budget", arg.budget or "0.05"
-        ),  # share of training items probed (A.3: 1 to 5 %)
+        budget=number("budget", arg.budget or "0.05"),  # share of training items probed (A.3: 1 to 5 %)
         sweep=(0.01, 0.02, 0.2) if evidence else (),  # more budgets, for the report on the predictor alone
         predictor=fit(40 if tiny else 600, learning_rate=1e-3, weight_decay=0.05),
     )

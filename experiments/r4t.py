@@ -1,0 +1,300 @@
+"""From a config to the objects of one R4T run; training and evaluation share it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from experiments.workdir import same_run, write_text
+from genret.catalogue import facets, playlists, polyvore, words
+from genret.catalogue.fanout import FanoutData, embed
+from genret.diffusion import edm
+from genret.diffusion.retriever import Retriever
+from genret.language.decoder import Decoder, init_lora
+from genret.language.encoder import TextEncoder, load_encoder
+from genret.language.pretrained import LanguageModel, load_language_model
+from genret.r4t import policy as policies
+from genret.r4t import prompts, stages
+from genret.r4t.fanout import SetRetriever
+from genret.r4t.folm import Collected, LanguagePolicy, collect_fanouts, sample_fanouts
+from genret.r4t.grpo import SoftGRPO
+from genret.r4t.rewards import OAR, WSCR, CachedEncoder, Rewards
+from genret.r4t.synthesis import SynthesisOptions, SyntheticSets, synthesize
+from genret.retrieval.index import Index, build_index
+from genret.training.checkpoint import restore_params
+from genret.training.loop import FitOptions, fit
+from genret.training.mesh import make_mesh
+from genret.types import Array, InputError, PyTree
+
+REWARDS = {  # the collapse study: components rewarded, the others only logged
+    "folm_grounded": ("groundedness",),
+    "folm_aligned": ("groundedness", "alignment"),
+}
+
+
+def options(section: ConfigDict, seed: int, **changes: Any) -> FitOptions:
+    """FitOptions of a config section."""
+    return FitOptions(**{**section.to_dict(), **changes}, seed=seed)
+
+
+def open_fanout(config: ConfigDict, encoder: TextEncoder) -> FanoutData:
+    """The data set that a config names, embedded on first use. Raises InputError for a missing `raw`."""
+    f = config.fanout
+    if f.data != "words" and not (f.raw and Path(f.raw).exists()):
+        raise InputError("raw", f"{f.raw or 'nothing'} given for {f.data}", "pass raw=PATH")
+    read: dict[str, Callable] = {
+        "words": lambda: words.themed(size=f.contents, count=f.queries, seed=f.seed),
+        "playlists": lambda: playlists.read(f.raw, seed=f.seed),
+        "fashion": lambda: facets.read(f.raw, seed=f.seed),
+        "polyvore": lambda: polyvore.read(f.raw),
+    }
+    return embed(read[f.data](), functools.partial(encoder.encode, batch_size=128), cache=f.folder)
+
+
+@dataclass(frozen=True, eq=False)
+class FanoutRun:
+    """One seed of one configuration, in `folder`."""
+
+    config: ConfigDict
+    data: FanoutData
+    encoder: TextEncoder
+    folder: Path
+    seed: int
+
+    @functools.cached_property
+    def mesh(self) -> Mesh:
+        return make_mesh(**self.config.mesh)
+
+    @functools.cached_property
+    def index(self) -> Index:
+        e = self.config.evaluation
+        return build_index(e.index, self.data.embeddings, max(e.pool, e.depth), self.mesh)
+
+    @functools.cached_property
+    def language(self) -> LanguageModel:
+        return load_language_model(self.config.language.model)
+
+    def rewards(self, components: tuple[str, ...] = ()) -> Rewards:
+        """The training reward; components: those that count, '' for all, the rest at weight 0."""
+        r = self.config.reward
+        names = OAR if self.data.references is None else WSCR
+        weights = {n: r[n] if not components or n in components else 0.0 for n in names}
+        return Rewards(
+            self.data, self.index, self.texts, weights=weights, k=self.config.k, depth=r.depth,
+            normalise=r.normalise,
+        )  # fmt: skip
+
+    @functools.cached_property
+    def texts(self) -> CachedEncoder:
+        """Sub-queries -> unit-norm f32[n, D] in the contents' space, each encoded once."""
+        return CachedEncoder(functools.partial(self.encoder.encode, max_tokens=32))
+
+    def asked(self, prompt: prompts.Prompt, lora: bool = False, **changes: Any) -> LanguagePolicy:
+        """The language model under a prompt; lora: with factors to train."""
+        c, m = self.config.language, self.language
+        decoder = Decoder(
+            m.config, lora_rank=c.lora_rank * lora, lora_layers=c.lora_layers * bool(c.lora_rank * lora),
+            remat=c.remat, dtype=jnp.dtype(c.dtype), lora_alpha=c.lora_alpha,
+        )  # fmt: skip
+        tokenizer = m.tokenizer
+        stop = _stop(tokenizer, prompt)
+        made = LanguagePolicy(
+            decoder, tokenizer.encode, tokenizer.decode, prompt, stop, c.max_new, self.config.k, c.temperature
+        )
+        return dataclasses.replace(made, **changes)
+
+    @functools.cached_property
+    def few_shot(self) -> LanguagePolicy:
+        shown = [(theme, queries[: self.config.k]) for theme, queries in prompts.EXAMPLES]
+        return self.asked(prompts.few_shot(shown))
+
+    @functools.cached_property
+    def zero_shot(self) -> LanguagePolicy:
+        task = "themes" if self.data.references is None else "items"
+        return self.asked(prompts.chat(task, self.config.k))
+
+    @functools.cached_property
+    def policy(self) -> LanguagePolicy:
+        """What is trained: the short prompt, LoRA factors (or all weights)."""
+        return self.asked(prompts.SHORT, lora=bool(self.config.language.lora_rank))
+
+    @property
+    def start(self) -> PyTree:
+        """What the warm start begins from."""
+        if self.policy.decoder.lora_rank:
+            return init_lora(self.policy.decoder, jax.random.key(self.seed))
+        return self.language.params
+
+    def trained(self, folder: str) -> PyTree:
+        """Variables of the policy trained in `folder`; raises InputError where there is none."""
+        section = self.config.warm if folder == "warm" else self.config.rl
+        shapes = jax.eval_shape(lambda: self.start)
+        params = restore_params(
+            self.folder / folder / "checkpoints", shapes, card=self.policy.card, step=section.fit.steps
+        )
+        return self.policy.variables(jax.device_put(params), self.language.params)
+
+    @property
+    def base(self) -> PyTree:
+        return {"params": self.language.params}
+
+    @functools.cached_property
+    def collected(self) -> Collected:
+        """Best-of-N few-shot fan-outs of some training queries: what the warm start imitates."""
+        w, rows = self.config.warm, self.data.rows("train")
+        rows = np.random.default_rng([self.seed, 91]).choice(rows, min(w.queries, len(rows)), replace=False)
+        reward = self.rewards()
+        return collect_fanouts(
+            self.few_shot, self.base, self.data.queries, rows, jax.random.key(1000 + self.seed), reward,
+            samples=w.samples, share=w.share, batch=self.config.language.batch,
+        )  # fmt: skip
+
+    def _pairs(self) -> list[tuple[str, list[str]]]:
+        """The warm start's data, sampled once and kept beside it."""
+        path = self.folder / "warm_pairs.json"
+        if not path.exists():
+            found = self.collected
+            said = {"valid": float(found.scores.valid.mean()), "pairs": found.pairs}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps(said))
+            valid = f"few-shot samples: {said['valid']:.0%} well-formed"
+            print(f"{valid}; the best {len(found.pairs)} are imitated", flush=True)
+        kept = [(query, queries) for query, queries in json.loads(path.read_text())["pairs"]]
+        limit = self.config.language.max_new
+        fits = [p for p in kept if len(self.policy.encode(self.policy.prompt.answer(p[1]))) <= limit]
+        if not fits:
+            raise InputError("language.max_new", f"no answer fits into {limit} tokens", "raise it")
+        return fits
+
+    def train_policy(self) -> None:
+        """The warm start, then Soft-GRPO from it, then the rewards of the collapse study."""
+        c = self.config
+        stage = policies.make_warm_start_stage(
+            "warm", self.policy, self.language.params, self._pairs(), batch=c.warm.batch, seed=self.seed
+        )
+        begun = self.start
+        state = fit(
+            stage, self.folder / "warm", options(c.warm.fit, self.seed), mesh=self.mesh, init_from=begun
+        )
+        folders = {"folm": ()} | (REWARDS if "rewards" in c.ablations else {})
+        for folder, components in folders.items():
+            grpo = SoftGRPO(c.rl.clip, c.rl.new_old, c.rl.old_new, c.rl.reference)
+            stage = policies.make_policy_stage(
+                folder, self.policy, self.language.params, self.data.queries, self.data.rows("train"),
+                self.rewards(components), count=c.rl.count, group=c.rl.group, reuse=c.rl.reuse, options=grpo,
+                reference=state.params if c.rl.reference else None, seed=self.seed,
+                workdir=self.folder / folder,
+            )  # fmt: skip
+            fit(
+                stage,
+                self.folder / folder,
+                options(c.rl.fit, self.seed),
+                mesh=self.mesh,
+                init_from=state.params,
+            )
+
+    @functools.cached_property
+    def sets(self) -> SyntheticSets:
+        """T_syn: the trained policy's fan-outs of training queries, as rows of embeddings."""
+        s, rows = self.config.synthesis, self.data.rows("train")
+        if s.queries and s.queries < len(rows):
+            rows = np.sort(np.random.default_rng([self.seed, 92]).choice(rows, s.queries, replace=False))
+        variables, reward = None, self.rewards()
+
+        def drawn(queries: list[str], key: Array):
+            nonlocal variables
+            variables = self.trained("folm") if variables is None else variables
+            return sample_fanouts(self.policy, variables, queries, key, batch=self.config.language.batch)
+
+        regime = "oar" if self.data.references is None else "wscr"
+        made = SynthesisOptions(
+            regime, s.fanouts, self.config.k, distinct=s.distinct, shard=s.shard, seed=self.seed
+        )
+        about = {"policy": "folm", "steps": self.config.rl.fit.steps, "temperature": self.policy.temperature}
+        return synthesize(
+            self.folder / "synthesis", self.data, rows, drawn, made, encode=self.texts, index=self.index,
+            reward=lambda at, answers: reward(at, answers).reward, about=about,
+        )  # fmt: skip
+
+    @property
+    def rows(self) -> int:
+        return self.config.diffusion.rows or self.config.k
+
+    def retriever(self, regression: bool = False) -> Retriever:
+        d = self.config.diffusion
+        block = "adaln" if regression else d.block
+        model = stages.set_dit(
+            d.size, embedding=self.data.width, rows=self.rows, block=block, positions=regression or None
+        )
+        return Retriever(model, d.noise, d.drop)
+
+    @functools.cached_property
+    def space(self) -> edm.Space:
+        centred = self.config.diffusion.centred
+        return stages.fit_space(self.sets, self.data.query_embeddings, centred=centred, seed=self.seed)
+
+    def train_sets(self) -> None:
+        """The diffusion retriever and the regressor, on the same synthetic sets."""
+        c = self.config
+        for folder, section in (("diffusion", c.diffusion.fit), ("regressor", c.regressor)):
+            regression = folder == "regressor"
+            stage = stages.make_stage(
+                folder, self.retriever(regression), self.space, self.sets, self.data.query_embeddings,
+                batch=c.diffusion.batch, rows=self.rows, keep_top=c.synthesis.keep_top, regression=regression,
+                seed=self.seed,
+            )  # fmt: skip
+            fit(stage, self.folder / folder, options(section, self.seed), mesh=self.mesh)
+
+    @functools.cache  # noqa: B019 - a run lives as long as its process
+    def model(self, folder: str) -> SetRetriever:
+        """The set model of `folder`: diffusion or regressor."""
+        regression = folder == "regressor"
+        retriever = self.retriever(regression)
+        section = self.config.regressor if regression else self.config.diffusion.fit
+        params = restore_params(
+            self.folder / folder / "checkpoints", jax.eval_shape(retriever.init, jax.random.key(0)),
+            card=stages.model_card(retriever.model, self.space, self.rows), step=section.steps,
+        )  # fmt: skip
+        return SetRetriever(retriever, jax.device_put(params), self.space, self.rows)
+
+    def train(self) -> None:
+        """Policy, synthesis, set models; what is finished is not done again."""
+        done = self.folder / "trained"
+        wanted = json.dumps(sorted(self.config.ablations))
+        if done.exists() and done.read_text() == wanted:
+            return
+        self.train_policy()
+        found = self.sets
+        print(f"synthesis: {len(found)} sets of {found.counts['asked']} fan-outs", flush=True)
+        self.train_sets()
+        write_text(done, wanted)
+
+
+def open_runs(config: ConfigDict, workdir: Path) -> Iterator[FanoutRun]:
+    """The run of every seed; `workdir`/seed_N holds what it writes."""
+    encoder = load_encoder()
+    data = open_fanout(config, encoder)
+    same_run(config, data.arrays, workdir)
+    print(
+        f"{data.name}: {len(data.contents)} contents x {data.width}, {len(data.queries)} queries; "
+        f"{jax.device_count()} {jax.default_backend()} device(s)",
+        flush=True,
+    )
+    for seed in config.seeds:
+        yield FanoutRun(config, data, encoder, workdir / f"seed_{seed}", seed)
+
+
+@functools.lru_cache(maxsize=8)
+def _stop(tokenizer: Any, prompt: prompts.Prompt) -> tuple[int, ...]:
+    return prompts.stop_tokens(prompt, functools.partial(tokenizer.decode, special=True), tokenizer.size)
