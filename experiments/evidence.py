@@ -20,6 +20,7 @@ from genret.retrieval.significance import Paired, holm, paired_test
 
 CENTROID, PLAIN, STEERING = "seed mean", "plain pretrained DiT", "linear-probe steering"
 CEILING = "reference: true positives of the pattern"
+SINGLE = "the best single-probe baseline of each cell (picked on test)"
 ALPHA = 0.05
 
 
@@ -134,11 +135,13 @@ def comparisons(r: Results) -> tuple[Comparison, ...]:
         if len(staged) > 1:
             asked.append((staged, "the best row of stages 1-3 of each cell (picked on test)"))
     if baselines(r):
-        asked.append((baselines(r), "the best single-probe baseline of each cell (picked on test)"))
+        asked.append((baselines(r), SINGLE))
     asked += [([m], m) for m in (*encoders(r), CENTROID, STEERING, PLAIN) if m in r.tables["main"]]
     found = [compare(r, ours, *rivals) for rivals in asked]
     if ours + MEMORY in r.tables["main"]:
         rivals = [m for m in r.tables["main"] if m.startswith(ENCODER)]
+        if baselines(r):
+            found.append(compare(r, ours + MEMORY, baselines(r), SINGLE))
         found += [compare(r, ours + MEMORY, [m]) for m in (ours, *rivals)]
     return tuple(found)
 
@@ -173,11 +176,11 @@ def verdicts(r: Results) -> list[Verdict]:
     out, ours = [], r.cell("joint", r.ours)
     for c in comparisons(r):
         out.append(_say(r, c))
-        if c.rival.startswith("the best single-probe") and CEILING in r.methods:
+        if c.rival == SINGLE and CEILING in r.methods:
             best = r.part(baselines(r)).cells("joint").max(axis=0).mean()
             gap = r.cell("joint", CEILING).mean() - best
-            share = f"{(ours.mean() - best) / gap:.0%}" if gap > 0 else "none left"
-            text = "of the distance from that best baseline to the true-positives centroid is closed"
+            share = f"{(r.cell('joint', c.ours).mean() - best) / gap:.0%}" if gap > 0 else "none left"
+            text = f"of the distance from that baseline to the true-positives centroid is closed by {c.ours}"
             out.append(Verdict(share, text))
     if CENTROID in r.methods:
         lost = r.cell("purity", CENTROID) - r.cell("purity", r.ours)

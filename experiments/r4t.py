@@ -122,7 +122,8 @@ class FanoutRun:
     @functools.cached_property
     def zero_shot(self) -> LanguagePolicy:
         task = "themes" if self.data.references is None else "items"
-        return self.asked(prompts.chat(task, self.config.k))
+        ask = prompts.chat if self.config.language.reason else prompts.line
+        return self.asked(ask(task, self.config.k))
 
     @functools.cached_property
     def policy(self) -> LanguagePolicy:
@@ -235,14 +236,15 @@ class FanoutRun:
         d = self.config.diffusion
         block = "adaln" if regression else d.block
         model = stages.set_dit(
-            d.size, embedding=self.data.width, rows=self.rows, block=block, positions=regression or None
-        )
+            d.size, embedding=self.data.width, rows=self.rows, block=block, positions=regression or None,
+            dims=d.dims,
+        )  # fmt: skip
         return Retriever(model, d.noise, d.drop)
 
     @functools.cached_property
     def space(self) -> edm.Space:
-        centred = self.config.diffusion.centred
-        return stages.fit_space(self.sets, self.data.query_embeddings, centred=centred, seed=self.seed)
+        d, queries = self.config.diffusion, self.data.query_embeddings
+        return stages.fit_space(self.sets, queries, centred=d.centred, dims=d.dims, seed=self.seed)
 
     def train_sets(self) -> None:
         """The diffusion retriever and the regressor, on the same synthetic sets."""

@@ -53,6 +53,16 @@ def pytest_collection_modifyitems(config, items):
     config.left_out = [i.nodeid for i in left_out]
 
 
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = session.config.left_out
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, whose controller collects nothing itself
+def pytest_testnodedown(node):
+    node.config.left_out = getattr(node, "workeroutput", {}).get("left_out", [])
+
+
 def pytest_terminal_summary(terminalreporter, config):
     left_out = getattr(config, "left_out", [])
     terminalreporter.write_line(

@@ -73,7 +73,8 @@ def get_config(argument: str = "") -> ConfigDict:
         lora_rank=16,  # 0 tunes all weights
         lora_layers=2 if tiny else 10,  # from the top; 0 is all of them
         lora_alpha=32.0,  # scale of the factors is alpha / rank
-        max_new=40 if tiny else 80,  # tokens of an answer, at most
+        reason=paper,  # zero-shot: the paper's prompt, <think> first, instead of a list on one line
+        max_new=40 if tiny else 512 if paper else 80,  # tokens of an answer, at most
         temperature=0.9,  # of sampling, in training and synthesis (papers' B.4)
         remat=False,  # recompute layers in the backward pass
         dtype="bfloat16" if paper else "float32",  # of the matmuls
@@ -115,7 +116,8 @@ def get_config(argument: str = "") -> ConfigDict:
         size="test" if tiny else "r4t" if paper else "demo",  # see r4t/stages.py
         block="paper" if paper else "adaln",  # paper: positions, no adaLN
         rows=0,  # L; 0 = k, the paper trains 12 and emits 10
-        centred=True,  # the diffusion runs on the residual to the query; False is the paper's
+        centred=False,  # True: the diffusion runs on the residual to the query
+        dims=0 if paper else 8 if tiny else 64,  # principal directions of the rows it runs in; 0 = all
         noise="log_uniform",  # or log_normal
         drop=0.1,  # share of dropped conditions, for guidance
         batch=16 if tiny else 256 if not paper else 512,  # sets per step

@@ -110,7 +110,7 @@ class DiT(nn.Module):
     added). max_context: longest context S; 0 for no prefix. cross: read `condition.memory` by
     cross-attention. adaln: False adds the noise level to every token instead, and norms are learned.
     mlp_ratio: hidden width of the MLPs over `width`. row_positions: rows that get a position of their own; 0
-    keeps the network equivariant to the order of the set.
+    keeps the network equivariant to the order of the set. memory_width: E, where it is not D.
     dtype: of the matmuls; norms, residual stream and parameters stay float32. attention: implementation
     of `jax.nn.dot_product_attention`: None lets JAX choose, "cudnn" asks for the fused GPU kernel (bfloat16).
     """
@@ -125,6 +125,7 @@ class DiT(nn.Module):
     adaln: bool = True
     mlp_ratio: int = 4
     row_positions: int = 0
+    memory_width: int | None = None
     dtype: Any = jnp.float32
     attention: str | None = None
 
@@ -210,8 +211,9 @@ class DiT(nn.Module):
         return out + (mean * sigma * jax.lax.rsqrt(1 + sigma**2))[:, None]
 
     def _check(self, rows: int, width: int, condition: Condition) -> None:
-        if width != self.embedding or condition.context.shape[-1] != self.embedding:
-            got = f"{width} in the set, {condition.context.shape[-1]} in the context"
+        context = condition.context.shape[-1] if self.max_context else width
+        if width != self.embedding or context != self.embedding:
+            got = f"{width} in the set, {context} in the context"
             raise InputError(
                 "embedding", f"the model reads {self.embedding}-d embeddings, got {got}",
                 "use the catalogue the checkpoint was trained on",

@@ -34,7 +34,7 @@ class Retriever:
         seeds = min(1, self.model.max_context)
         condition = Condition(
             jnp.zeros((1, seeds, d)), jnp.ones((1, seeds), bool), jnp.full((1,), m, jnp.int32),
-            jnp.zeros((1, 1, d)) if self.model.cross else None,
+            jnp.zeros((1, 1, self.model.memory_width or d)) if self.model.cross else None,
         )  # fmt: skip
         z = jnp.zeros((1, 1, d))
         return self.model.init(key, z, jnp.zeros(1), condition, jnp.zeros((1, d)))["params"]

@@ -58,7 +58,7 @@ class Prompt:
 
     `before` is the same for every query, so a model reads it once, and a tokenizer of the GPT-2 kind splits
     before the space. tags: the list is the text inside the last <queries> element; otherwise it is all of
-    the answer's first line.
+    the answer's first line. begun: the answer's first characters, given with the prompt.
     """
 
     before: str
@@ -66,6 +66,7 @@ class Prompt:
     open: str
     close: str
     tags: bool = False
+    begun: str = ""
 
     def __call__(self, query: str) -> str:
         """The prompt's text."""
@@ -73,11 +74,12 @@ class Prompt:
 
     def ask(self, query: str) -> str:
         """The text after `before`. White space in the query becomes single spaces: none ends the line."""
-        return f" {_one_line(query)}{self.after}"
+        return f" {_one_line(query)}{self.after}{self.begun}"
 
     def answer(self, queries: Sequence[str]) -> str:
         """The text a policy should write for these sub-queries; `read` gives them back."""
-        return f"{self.open}{json.dumps(list(queries), ensure_ascii=False)}{self.close}"
+        text = f"{self.open}{json.dumps(list(queries), ensure_ascii=False)}{self.close}"
+        return text.removeprefix(self.begun)
 
     def read(self, text: str, k: int = K) -> list[str] | None:
         """Up to k sub-queries of an answer, or None where it is malformed; no text raises.
@@ -92,7 +94,7 @@ class Prompt:
             blocks = re.findall(r"<queries>(.*?)</queries>", text, re.DOTALL)
             text = blocks[-1] if blocks else ""
         else:
-            text = text.lstrip(" ").partition("\n")[0]
+            text = (self.begun + text).lstrip(" ").partition("\n")[0]
         try:
             found = json.loads(text)
         except (ValueError, RecursionError):
@@ -125,31 +127,39 @@ def chat(task: str = "themes", k: int = K) -> Prompt:
     task: 'themes' (its OAR: variations of the query) or 'items' (its WSCR: parts of one set).
     Raises InputError for another task.
     """
+    how = "Think first, inside <think> tags. Then give the JSON list of queries inside <queries> tags."
+    return Prompt(*_turns(task, k, how), "<think></think>\n<queries>", "</queries><|im_end|>", tags=True)
+
+
+def line(task: str = "themes", k: int = K) -> Prompt:
+    """`chat` for models that cannot keep to its form: a JSON list on one line, its opening given.
+
+    Raises InputError for another task.
+    """
+    return Prompt(*_turns(task, k, "Give a JSON list of strings on one line."), "", "\n", begun='["')
+
+
+def _turns(task: str, k: int, how: str) -> tuple[str, str]:
+    """What stands before the theme and after it, in ChatML."""
     if task not in TASKS:
         raise InputError("task", f"no task is called {task!r}", f"use one of {', '.join(TASKS)}")
-    system = (
-        f"{TASKS[task].format(k=k)} Think first, inside <think> tags. Then give the queries as a JSON list "
-        "of strings inside <queries> tags."
-    )
-    return Prompt(
-        f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nTheme:",
+    return (
+        f"<|im_start|>system\n{TASKS[task].format(k=k)} {how}<|im_end|>\n<|im_start|>user\nTheme:",
         "<|im_end|>\n<|im_start|>assistant\n",
-        "<think></think>\n<queries>",
-        "</queries><|im_end|>",
-        tags=True,
     )
 
 
 def stop_tokens(prompt: Prompt, decode: Callable[[Sequence[int]], str], vocabulary: int) -> tuple[int, ...]:
     """Ids of the tokens that end an answer to this prompt, of a vocabulary of that size.
 
-    Untagged: every token whose text begins a new line. Tagged: those that spell the end-of-turn mark.
+    Untagged: every token whose text begins a new line. Of a chat: those that spell the end-of-turn mark.
     decode: ids -> text, special tokens included. Raises InputError where no token ends an answer.
     """
-    end = "<|im_end|>" if prompt.tags else "\n"
-    ids = tuple(i for i in range(vocabulary) if decode([i]).startswith(end))
+    ends = ("<|im_end|>",) * prompt.after.startswith("<|im_end|>") + ("\n",) * (not prompt.tags)
+    ids = tuple(i for i in range(vocabulary) if decode([i]).startswith(ends))
     if not ids:
-        raise InputError("prompt", f"no token spells {end!r}", "Use a prompt of this tokenizer's family.")
+        problem = f"no token spells {ends[0]!r}"
+        raise InputError("prompt", problem, "Use a prompt of this tokenizer's family.")
     return ids
 
 

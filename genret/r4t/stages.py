@@ -33,12 +33,13 @@ SIZES = dit.SIZES | {"r4t": (1024, 6, 16)}  # the paper's, 53 M parameters with 
 
 def set_dit(
     size: str, *, embedding: int, rows: int = K, block: Literal["adaln", "paper"] = "adaln",
-    positions: bool | None = None, **more: Any,
+    positions: bool | None = None, dims: int = 0, **more: Any,
 ) -> DiT:  # fmt: skip
     """A DiT over rows alone that reads the query by cross-attention.
 
-    size: of SIZES. rows: L, the most it will draw. positions: on the rows; None leaves it to the block, and
-    the regressor needs them. Raises InputError for an unknown size or block.
+    size: of SIZES. embedding: D. rows: L, the most it will draw. positions: on the rows; None leaves it to
+    the block, and the regressor needs them. dims: as given to `fit_space`.
+    Raises InputError for an unknown size or block.
     """
     if size not in SIZES:
         raise InputError("size", f"unknown size {size!r}", f"use one of {', '.join(SIZES)}")
@@ -48,8 +49,8 @@ def set_dit(
     form = {"adaln": False, "mlp_ratio": 1} if block == "paper" else {}
     width, depth, heads = SIZES[size]
     return DiT(
-        width, depth, heads, embedding, domains=0, max_context=0, cross=True,
-        row_positions=rows if positions else 0, **form, **more,
+        width, depth, heads, dims or embedding, domains=0, max_context=0, cross=True,
+        row_positions=rows if positions else 0, memory_width=embedding if dims else None, **form, **more,
     )  # fmt: skip
 
 
@@ -63,19 +64,23 @@ def condition(queries: Array) -> Condition:
 
 
 def fit_space(
-    sets: SyntheticSets, queries: np.ndarray, *, centred: bool = False, seed: int = 0, sample: int = 4096
-) -> edm.Space:
+    sets: SyntheticSets, queries: np.ndarray, *, centred: bool = False, dims: int = 0, seed: int = 0,
+    sample: int = 4096,
+) -> edm.Space:  # fmt: skip
     """The paper's plain space, σ_data = 1/√D of a unit-norm row, or the one centred on the query.
 
-    queries: f32[Q, D], all of the data set. The centred scale is measured on `sample` sets.
+    queries: f32[Q, D], all of the data set. dims: R, the principal directions of the rows that the diffusion
+    runs in; 0 is all of D. What is measured is measured on `sample` sets.
     """
-    if not centred:
+    if not (centred or dims):
         return edm.plain_space(sets.width, 0)
     at = np.random.default_rng(seed).choice(len(sets), min(sample, len(sets)), replace=False)
     present = sets.present[at]
     rows = sets.take(at)[present]  # [m, D]
     query = np.repeat(queries[sets.query[at]], present.sum(1), axis=0)
-    return edm.fit_space(condition(query), rows[:, None], np.zeros((1, sets.width)))
+    return edm.fit_space(
+        condition(query), rows[:, None], np.zeros((1, sets.width)), centred=centred, dims=dims
+    )
 
 
 @struct.dataclass
@@ -158,7 +163,7 @@ def matched_regression_loss(retriever: Retriever, params: PyTree, space: edm.Spa
 
 def model_card(model: DiT, space: edm.Space, rows: int) -> dict[str, Any]:
     """What must agree between a checkpoint and the code that reads it."""
-    names = [
-        f.name for f in dataclasses.fields(model) if f.name not in ("parent", "name", "dtype", "attention")
-    ]
-    return {n: getattr(model, n) for n in names} | {"rows": rows, "centred": space.centred}
+    given = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)}
+    for name in ("parent", "name", "dtype", "attention"):
+        del given[name]
+    return {n: v for n, v in given.items() if v is not None} | {"rows": rows, "centred": space.centred}

@@ -178,3 +178,33 @@ def test_error_sums_over_the_rows_that_are_there():
     residual = np.asarray(edm.denoising_residual(denoise, clean, sigma, noise))
     wanted = [(residual[0, [0, 2]] ** 2).sum(), (residual[1, 1] ** 2).sum()]
     np.testing.assert_allclose(edm.denoising_error(denoise, clean, sigma, noise, present), wanted, rtol=1e-5)
+
+
+def test_a_basis_holds_the_principal_directions_of_the_residual():
+    """Against the SVD, for either form; what lies outside is neither seen nor drawn."""
+    rng = np.random.default_rng(0)
+    context = edm.unit(jnp.asarray(rng.normal(size=(200, 1, 6)), jnp.float32))
+    condition = Condition(context, jnp.ones((200, 1), bool), jnp.zeros(200, jnp.int32))
+    spread = np.array([3.0, 2.0, 1.0, 0.5, 0.2, 0.1]) * rng.normal(size=(200, 2, 6))
+    target = edm.unit(context + jnp.asarray(spread @ np.linalg.qr(rng.normal(size=(6, 6)))[0], jnp.float32))
+    for centred in (True, False):
+        space = edm.fit_space(condition, target, np.zeros((1, 6)), centred=centred, dims=3)
+        anchor = space.anchor(condition)
+        assert bool(anchor.any()) == centred and anchor.shape == (200, 6)
+        residual = np.asarray(target - anchor[:, None]).reshape(-1, 6)
+        _, singular, directions = np.linalg.svd(residual, full_matrices=False)
+        np.testing.assert_allclose(np.abs(space.basis.T @ directions[:3].T), np.eye(3), atol=1e-4)
+        assert (space.basis[np.abs(space.basis).argmax(0), np.arange(3)] > 0).all()  # one sign on any machine
+        np.testing.assert_allclose(space.scale, np.sqrt((singular[:3] ** 2).mean() / 400), rtol=1e-4)
+        z = space.encode(target, anchor)
+        assert z.shape == (200, 2, 3)
+        np.testing.assert_allclose((z**2).mean(), 1, rtol=1e-4)
+        outside = edm.unit(jnp.asarray(directions[5], jnp.float32))
+        np.testing.assert_allclose(space.encode(target + 0.5 * outside, anchor), z, atol=1e-4)
+        rebuilt = residual @ directions[:3].T @ directions[:3]
+        wanted = edm.unit(anchor[:, None] + rebuilt.reshape(200, 2, 6))
+        np.testing.assert_allclose(space.decode(z, anchor), wanted, atol=1e-4)
+        whole = edm.fit_space(condition, target, np.zeros((1, 6)), centred=centred, dims=6)
+        np.testing.assert_allclose(whole.decode(whole.encode(target, anchor), anchor), target, atol=1e-5)
+    with pytest.raises(InputError, match="7 directions of 6"):
+        edm.fit_space(condition, target, np.zeros((1, 6)), dims=7)

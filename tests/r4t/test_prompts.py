@@ -6,10 +6,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from genret.r4t.prompts import EXAMPLES, SHORT, TASKS, chat, few_shot, stop_tokens
+from genret.r4t.prompts import EXAMPLES, SHORT, TASKS, chat, few_shot, line, stop_tokens
 from genret.types import InputError
 
-FORMS = [SHORT, few_shot(), chat("themes"), chat("items")]
+FORMS = [SHORT, few_shot(), chat("themes"), chat("items"), line()]
 
 json_like = st.recursive(
     st.none() | st.booleans() | st.floats() | st.integers() | st.text(),
@@ -85,6 +85,9 @@ def test_prompts_are_as_described():
         assert len(set(queries)) == 10
     for task in TASKS:
         assert "up to 7" in chat(task, 7)("x") and chat(task)("x").endswith("<|im_start|>assistant\n")
+        assert "up to 7" in line(task, 7)("x") and line(task)("x").endswith('assistant\n["')
+    assert line().read('a", "b"]') == ["a", "b"] and line().answer(["a", "b"]) == 'a", "b"]\n'
+    assert line().read('["a"]') is None  # the opening is there already
     with pytest.raises(InputError, match="task"):
         chat("essays")
     with pytest.raises(InputError, match="no sub-query"):
@@ -96,6 +99,7 @@ def test_stop_tokens_are_those_that_end_an_answer():
     decode = lambda ids: "".join(vocabulary[i] for i in ids)  # noqa: E731
     assert stop_tokens(SHORT, decode, 6) == (1, 2)
     assert stop_tokens(chat(), decode, 6) == (4,)
+    assert stop_tokens(line(), decode, 6) == (1, 2, 4)
     with pytest.raises(InputError, match="no token spells"):
         stop_tokens(chat(), decode, 4)
 

@@ -176,6 +176,34 @@ def test_centred_space_answers_with_the_query_before_training(sets_of):
     assert not plain.centred
 
 
+@pytest.mark.parametrize("centred", [False, True])
+def test_diffusion_in_a_few_directions_reads_and_draws_whole_embeddings(sets_of, centred):
+    """Rows near a plane: noise stays in it, and what a row has outside it costs nothing."""
+    rng = np.random.default_rng(0)
+    plane = np.linalg.qr(rng.normal(size=(D, 2)))[0]
+    queries = units(1, 64, D)
+    rows = (queries[:, None] if centred else 0) + rng.normal(size=(64, K, 2)) @ plane.T
+    sets = sets_of(rows / np.linalg.norm(rows, axis=-1, keepdims=True), np.arange(64))
+    space = stages.fit_space(sets, queries, centred=centred, dims=3)
+    retriever = Retriever(stages.set_dit("test", embedding=D, rows=K, dims=3))
+    params = moved(retriever, 0.05)
+    stage = stages.make_stage("set", retriever, space, sets, queries, batch=32)
+    batch, draw = stage.batch(0, None), draw_for(0, jnp.int32(0), 32)
+    outside = np.linalg.svd(np.asarray(space.basis).T)[2][-1]
+    other = batch.replace(target=batch.target + 0.3 * outside)
+    np.testing.assert_allclose(
+        stage.loss(params, space, batch, draw).loss, stage.loss(params, space, other, draw).loss, rtol=1e-4
+    )
+    drawn = SetRetriever(retriever, params, space, K).sets(queries, method="heun", steps=6, guidance=0.5)
+    assert drawn.shape == (64, K, D)
+    np.testing.assert_allclose(np.linalg.norm(drawn, axis=-1), 1, atol=1e-5)
+    if not centred:
+        np.testing.assert_allclose(drawn @ outside, 0, atol=1e-5)
+    card = stage.card
+    assert (card["embedding"], card["memory_width"]) == (3, D)
+    assert "memory_width" not in stages.model_card(stages.set_dit("test", embedding=D), space, K)
+
+
 def test_the_papers_model_has_the_papers_parameters():
     """53.9 M with a 512-frequency noise embedding (papers.md B.6, 6); the arithmetic of one layer by hand."""
     model = stages.set_dit("r4t", embedding=128, rows=12, block="paper")
