@@ -173,7 +173,7 @@ def verdicts(r: Results) -> list[Verdict]:
     """What the main table says about our method; rivals that were not evaluated are passed over."""
     if r.ours is None:
         return []
-    out, ours = [], r.cell("joint", r.ours)
+    out: list[Verdict] = []
     for c in comparisons(r):
         out.append(_say(r, c))
         if c.rival == SINGLE and CEILING in r.methods:
@@ -207,7 +207,7 @@ def _having(methods: Sequence[str], word: str) -> str | None:
 
 def _filters(methods: Sequence[str]) -> list[tuple[str, str]]:
     """(with the Pareto filter, without it), for each policy that has both."""
-    out = []
+    out: list[Verdict] = []
     for policy in POLICIES:
         rows = [m for m in methods if re.search(rf"\b{policy}\b", m, re.I)]
         off = [m for m in rows if UNFILTERED.search(m)]

@@ -129,7 +129,7 @@ def test_a_line_with_memory_is_compared_with_rivals_that_have_one_too(tmp_path, 
     found = {(c.ours, c.rival): c for c in evidence.comparisons(r)}
     ours, encoder = "MO-DiT+HPPO", "contrastive encoder, labels"
     lifted = [rival for name, rival in found if name == f"{ours} with memory"]
-    assert lifted == [ours, encoder, f"{encoder} with memory"]
+    assert lifted == [evidence.SINGLE, ours, encoder, f"{encoder} with memory"]
     assert (ours, f"{encoder} with memory") not in found and (ours, encoder) in found
     c = found[f"{ours} with memory", f"{encoder} with memory"]
     assert [cell.mean for cell in c.cells["joint"]] == pytest.approx([0, 0.1, -0.1, 0.1])
