@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,12 @@ from matplotlib.figure import Figure
 
 from experiments.fanouts import DIFFUSION, FOLM, RANDOM
 from experiments.report_plots import LIGHT
-from experiments.workdir import read_rows
+from experiments.report_rows import portable
+from experiments.workdir import read_rows, write_text
 from genret.retrieval.significance import paired_test
 from genret.types import InputError
+
+PACKED = "fanouts"  # the kind in a packed file's header
 
 # key -> head of its column
 COLUMNS = {
@@ -52,13 +54,32 @@ class FanoutResults:
 
 
 def read_fanouts(workdir: Path) -> FanoutResults:
-    """Raises InputError where nothing was evaluated."""
-    rows = read_rows(workdir / "results.jsonl")
+    """A run's folder, or a file that `save_fanouts` wrote. Raises InputError where nothing was evaluated."""
+    rows = read_rows(workdir if workdir.is_file() else workdir / "results.jsonl")
     if not rows:
         raise InputError("--workdir", f"{workdir} holds no results", "evaluate the run first")
+    if workdir.is_file():
+        return FanoutResults(rows[1:], rows[0]["latency"], rows[0]["command"])
     config = workdir / "config.json"
     command = json.loads(config.read_text()).get("command", "") if config.exists() else ""
     return FanoutResults(rows, read_rows(workdir / "latency.jsonl"), command)
+
+
+def save_fanouts(r: FanoutResults, path: Path) -> Path:
+    """Everything the report reads in one small file that can be committed: a header, then the rows."""
+    kept = {r.main, "groundedness", "diversity", "alignment"}
+    rows = [
+        row | {"per_query": {name: values for name, values in row["per_query"].items() if name in kept}}
+        for row in r.rows
+    ]
+    head = {
+        "genret": PACKED,
+        "command": portable(r.command),
+        "latency": r.latency,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in [head, *rows]))
+    return path
 
 
 def text_report(r: FanoutResults) -> str:
@@ -198,6 +219,7 @@ def write(workdir: Path, r: FanoutResults) -> Path:
     return path
 
 
-def is_fanout(rows: Sequence[dict[str, Any]]) -> bool:
-    """Whether rows of a results file are R4T's."""
-    return bool(rows) and "data" in rows[0] and "per_query" in rows[0]
+def is_fanout(path: Path) -> bool:
+    """Whether the rows of a run's folder, or of a packed file, are R4T's."""
+    rows = read_rows(path if path.is_file() else path / "results.jsonl")
+    return bool(rows) and (rows[0].get("genret") == PACKED or {"data", "per_query"} <= rows[0].keys())

@@ -26,8 +26,9 @@ from genret.language.encoder import TextEncoder, load_encoder
 from genret.language.pretrained import LanguageModel, load_language_model
 from genret.r4t import policy as policies
 from genret.r4t import prompts, stages
+from genret.r4t.baselines import mmr_reranking
 from genret.r4t.fanout import SetRetriever
-from genret.r4t.folm import Collected, LanguagePolicy, collect_fanouts, sample_fanouts
+from genret.r4t.folm import LanguagePolicy, collect_fanouts, sample_fanouts
 from genret.r4t.grpo import SoftGRPO
 from genret.r4t.rewards import OAR, WSCR, CachedEncoder, Rewards
 from genret.r4t.synthesis import SynthesisOptions, SyntheticSets, synthesize
@@ -150,28 +151,46 @@ class FanoutRun:
     def base(self) -> PyTree:
         return {"params": self.language.params}
 
-    @functools.cached_property
-    def collected(self) -> Collected:
-        """Best-of-N few-shot fan-outs of some training queries: what the warm start imitates."""
-        w, rows = self.config.warm, self.data.rows("train")
-        rows = np.random.default_rng([self.seed, 91]).choice(rows, min(w.queries, len(rows)), replace=False)
-        reward = self.rewards()
-        return collect_fanouts(
-            self.few_shot, self.base, self.data.queries, rows, jax.random.key(1000 + self.seed), reward,
+    def _samples(self) -> list[tuple[str, list[str]]]:
+        """Best-of-N few-shot fan-outs of some training queries."""
+        w, rows, key = self.config.warm, self._warm_rows(), jax.random.key(1000 + self.seed)
+        found = collect_fanouts(
+            self.few_shot, self.base, self.data.queries, rows, key, self.rewards(),
             samples=w.samples, share=w.share, batch=self.config.language.batch,
         )  # fmt: skip
+        valid = f"few-shot samples: {found.scores.valid.mean():.0%} well-formed"
+        print(f"{valid}; the best {len(found.pairs)} are imitated", flush=True)
+        return found.pairs
+
+    def _retrieved(self) -> list[tuple[str, list[str]]]:
+        """Contents that retrieval finds for training queries: diverse neighbours, or reference sets."""
+        data, k, rows = self.data, self.config.k, self._warm_rows()
+        if data.references is None:
+            ids = mmr_reranking(self.index, data.embeddings)(data.query_embeddings[rows], k, self.seed)
+        else:
+            rng = np.random.default_rng([self.seed, 94])
+            ids = [rng.permutation(data.references[row])[:k] for row in rows]
+        return [
+            (data.queries[row], [data.contents[i] for i in own]) for row, own in zip(rows, ids, strict=True)
+        ]
+
+    def _warm_rows(self) -> np.ndarray:
+        rows, most = self.data.rows("train"), self.config.warm.queries
+        return np.random.default_rng([self.seed, 91]).choice(rows, min(most, len(rows)), replace=False)
 
     def _pairs(self) -> list[tuple[str, list[str]]]:
-        """The warm start's data, sampled once and kept beside it."""
-        path = self.folder / "warm_pairs.json"
+        """The warm start's data, made once and kept beside it."""
+        path, teachers = (
+            self.folder / "warm_pairs.json",
+            {"samples": self._samples, "retrieval": self._retrieved},
+        )
+        if self.config.warm.teacher not in teachers:
+            problem = f"unknown teacher {self.config.warm.teacher!r}"
+            raise InputError("warm.teacher", problem, f"use one of {', '.join(teachers)}")
         if not path.exists():
-            found = self.collected
-            said = {"valid": float(found.scores.valid.mean()), "pairs": found.pairs}
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, json.dumps(said))
-            valid = f"few-shot samples: {said['valid']:.0%} well-formed"
-            print(f"{valid}; the best {len(found.pairs)} are imitated", flush=True)
-        kept = [(query, queries) for query, queries in json.loads(path.read_text())["pairs"]]
+            write_text(path, json.dumps(teachers[self.config.warm.teacher]()))
+        kept = [(query, queries) for query, queries in json.loads(path.read_text())]
         limit = self.config.language.max_new
         fits = [p for p in kept if len(self.policy.encode(self.policy.prompt.answer(p[1]))) <= limit]
         if not fits:

@@ -18,7 +18,6 @@ from experiments.command import launch
 from experiments.packed import read_packed, save_packed
 from experiments.report_rows import read_run
 from experiments.report_tables import text_report
-from experiments.workdir import read_rows
 from genret.types import InputError
 
 
@@ -28,10 +27,14 @@ def main(workdir: Path | None, save: str, results: str) -> None:
         raise InputError("--workdir", "is not given", "give the folder of a run, or --results=FILE")
     if save and results:
         raise InputError("--save", "packs a run, and --results is one packed already", "give one of them")
-    if workdir is not None and fanout_report.is_fanout(read_rows(workdir / "results.jsonl")):
-        found = fanout_report.read_fanouts(workdir)
+    source = Path(results) if results else workdir
+    if fanout_report.is_fanout(source):
+        found = fanout_report.read_fanouts(source)
         print(fanout_report.text_report(found))
-        print(f"\n{fanout_report.write(workdir, found)}")
+        if save:
+            print(f"\n{fanout_report.save_fanouts(found, Path(save))}")
+        if workdir is not None:
+            print(f"\n{fanout_report.write(workdir, found)}")
         return
     r = read_packed(Path(results)) if results else read_run(workdir)
     print(text_report(r))

@@ -102,7 +102,12 @@ def test_the_report_by_hand(tmp_path):
     assert "not above the random pool in relev: k-means of neighbours" in said
     assert "0.100 (0.200) 20x" in said and "2.000 (2.500)" in said
     assert fanout_report.write(tmp_path, r).stat().st_size > 5_000
-    assert fanout_report.is_fanout(rows) and not fanout_report.is_fanout([{"method": "MO-DiT"}])
+    packed = fanout_report.save_fanouts(r, tmp_path / "packed.jsonl")
+    assert fanout_report.text_report(fanout_report.read_fanouts(packed)) == said
+    assert fanout_report.is_fanout(tmp_path) and fanout_report.is_fanout(packed)
+    (tmp_path / "other").mkdir()
+    append_rows(tmp_path / "other" / "results.jsonl", [{"method": "MO-DiT"}])
+    assert not fanout_report.is_fanout(tmp_path / "other")
     with pytest.raises(InputError, match="holds no results"):
         fanout_report.read_fanouts(tmp_path / "none")
 

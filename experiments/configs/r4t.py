@@ -20,9 +20,9 @@ from genret.types import InputError
 # steps of (warm start, RL, diffusion), queries warmed up on, queries and answers of a rollout
 BUDGET = {
     "test": ((12, 2, 8), 8, (2, 2)),
-    "demo": ((24, 8, 800), 96, (8, 8)),
-    "evidence": ((40, 60, 3_000), 256, (8, 8)),
-    "paper": ((200, 1_000, 1_000_000), 2_048, (64, 8)),
+    "demo": ((40, 8, 800), 2_400, (8, 8)),
+    "evidence": ((80, 40, 3_000), 2_400, (8, 8)),
+    "paper": ((200, 1_000, 1_000_000), 10_000, (64, 8)),
 }
 DATA = ("words", "playlists", "fashion", "polyvore")
 
@@ -89,11 +89,12 @@ def get_config(argument: str = "") -> ConfigDict:
         normalise="scale",  # or group: z-scores
     )
     c.warm = dict(
-        queries=warmed,  # training queries asked under the few-shot prompt
-        samples=4,  # answers to each
-        share=0.5,  # of the best ones imitated
+        teacher="retrieval",  # neighbours or references of training queries; or few-shot samples
+        queries=warmed,  # training queries, at most
+        samples=4,  # samples: answers to each
+        share=0.5,  # samples: of the best ones imitated
         batch=4 if tiny else 32,  # texts per step
-        fit=fit(warm, 2e-3 if tiny else 5e-4),
+        fit=fit(warm, 2e-3 if tiny else 1e-3),
     )
     c.rl = dict(
         count=count,  # queries of a rollout
