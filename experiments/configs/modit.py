@@ -17,7 +17,7 @@ S, B and L are meant for accelerators and have no figure yet.
 
 from ml_collections import ConfigDict
 
-from experiments.arguments import number, parse
+from experiments.arguments import fit_options, number, parse, seeds
 from genret.types import InputError
 
 # steps of (pretrain, cpt, sft, a round of hppo), rounds, batch size, learning rate
@@ -44,25 +44,8 @@ def get_config(argument: str = "") -> ConfigDict:
     joined = ("seeds", "ablations")  # may grow after the fact: `workdir.same_run` writes them
     given = ",".join(f"{k}={v}" for k, v in vars(arg).items() if v and k not in joined)
 
-    def fit(steps: int, **kw) -> dict:
-        options = dict(
-            steps=steps,  # optimiser steps
-            learning_rate=rate,  # peak; AdamW(0.9, 0.95)
-            warmup=max(1, min(200, steps // 10)),  # steps, linear
-            weight_decay=0.01,  # on matrices
-            clip=1.0,  # global gradient norm
-            ema_decay=0.999 if steps > 1000 else 0.99,  # papers' A.4
-            microbatches=1,  # gradient accumulation; results do not depend on it
-            log_every=max(1, min(100, steps // 5)),  # steps
-            save_every=500,  # steps
-            keep=2,  # checkpoints
-        )
-        return options | kw
-
     c = ConfigDict()
-    if not all(s.isdigit() for s in arg.seeds.split("+")):
-        raise InputError("seeds", f"cannot read {arg.seeds!r}", "write seeds=0+1+2")
-    c.seeds = tuple(int(s) for s in arg.seeds.split("+"))  # one whole run each: labels, cells, training
+    c.seeds = seeds(arg.seeds)  # one whole run each: labels, cells, training
     c.ablations = tuple(filter(None, arg.ablations.split("+")))  # tables of experiments/recipes.py
     c.command = f"python -m experiments.run --config=experiments/configs/modit.py:{given}"
     c.catalogue = dict(
@@ -80,7 +63,7 @@ def get_config(argument: str = "") -> ConfigDict:
     c.labels = dict(
         budget=number("budget", arg.budget or "0.05"),  # share of training items probed (A.3: 1 to 5 %)
         sweep=(0.01, 0.02, 0.2) if evidence else (),  # more budgets, for the report on the predictor alone
-        predictor=fit(40 if tiny else 600, learning_rate=1e-3, weight_decay=0.05),
+        predictor=fit_options(40 if tiny else 600, 1e-3, weight_decay=0.05),
     )
     c.latent = dict(
         sizes=(40, 64) if large else (32, 48, 80),  # mean items of a latent cell, one clustering each
@@ -104,7 +87,7 @@ def get_config(argument: str = "") -> ConfigDict:
     c.length = 16  # items per walk (papers' A.6)
     c.replay = 0.15  # share of CPT batches replayed from stage 1 (papers' A.6)
     c.stages = {
-        name: fit(n, learning_rate=r)
+        name: fit_options(n, r)
         for name, n, r in zip(("pretrain", "cpt", "sft"), steps[:3], (rate, rate / 2, rate / 2), strict=True)
     }
     c.hppo = dict(
@@ -131,7 +114,7 @@ def get_config(argument: str = "") -> ConfigDict:
             anchor=0.0,  # of the winner's own error
             draws=2,  # noise draws per pair (papers' A.8: 4)
         ),
-        fit=fit(0, learning_rate=rate, warmup=5, log_every=20),  # steps and checkpoints follow the rounds
+        fit=fit_options(0, rate, warmup=5, log_every=20),  # steps and checkpoints follow the rounds
     )
     c.retrieval = dict(
         weight=1.0,  # of the retrieval-aware term in HPPO; 0 = the paper's recipe
@@ -140,7 +123,9 @@ def get_config(argument: str = "") -> ConfigDict:
     )
     c.contrastive = dict(
         steps=(4,) if tiny else (200, 600) if evidence else (60, 200),  # runs; validation picks one
-        fit=fit(0, warmup=10, weight_decay=0.05, ema_decay=0.9, log_every=20),  # steps come from above
+        fit=fit_options(
+            0, rate, warmup=10, weight_decay=0.05, ema_decay=0.9, log_every=20
+        ),  # steps come from above
     )
     c.mesh = dict(data=-1, fsdp=1, tensor=1)  # devices per axis; -1 takes what is left
     c.evaluation = dict(

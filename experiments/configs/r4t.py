@@ -14,7 +14,7 @@ Expected, 2 CPU cores: see the README. `paper` is meant for accelerators and has
 
 from ml_collections import ConfigDict
 
-from experiments.arguments import parse
+from experiments.arguments import fit_options, parse, seeds
 from genret.types import InputError
 
 # steps of (warm start, RL, diffusion), queries warmed up on, queries and answers of a rollout
@@ -34,29 +34,12 @@ def get_config(argument: str = "") -> ConfigDict:
         raise InputError("size", f"unknown size {arg.size!r}", f"use one of {', '.join(BUDGET)}")
     if arg.data not in DATA:
         raise InputError("data", f"unknown data {arg.data!r}", f"use one of {', '.join(DATA)}")
-    if not all(s.isdigit() for s in arg.seeds.split("+")):
-        raise InputError("seeds", f"cannot read {arg.seeds!r}", "write seeds=0+1+2")
     (warm, rl, diffusion), warmed, (count, group) = BUDGET[arg.size]
     tiny, paper = arg.size == "test", arg.size == "paper"
     given = ",".join(f"{k}={v}" for k, v in vars(arg).items() if v and k not in ("seeds", "ablations"))
 
-    def fit(steps: int, rate: float, **kw) -> dict:
-        options = dict(
-            steps=steps,  # optimiser steps
-            learning_rate=rate,  # peak; AdamW(0.9, 0.95)
-            warmup=max(1, min(200, steps // 10)),  # steps, linear
-            weight_decay=0.0,  # on matrices
-            clip=1.0,  # global gradient norm
-            ema_decay=0.999 if steps > 1000 else 0.9,  # of the averaged parameters
-            microbatches=1,  # gradient accumulation; results do not depend on it
-            log_every=max(1, min(100, steps // 5)),  # steps
-            save_every=500,  # steps
-            keep=2,  # checkpoints
-        )
-        return options | kw
-
     c = ConfigDict()
-    c.seeds = tuple(int(s) for s in arg.seeds.split("+"))  # one whole run each
+    c.seeds = seeds(arg.seeds)  # one whole run each
     c.ablations = tuple(filter(None, arg.ablations.split("+")))  # rewards, or nothing
     c.command = f"python -m experiments.run --config=experiments/configs/r4t.py:{given}"
     c.fanout = dict(
@@ -94,7 +77,7 @@ def get_config(argument: str = "") -> ConfigDict:
         samples=4,  # samples: answers to each
         share=0.5,  # samples: of the best ones imitated
         batch=4 if tiny else 32,  # texts per step
-        fit=fit(warm, 2e-3 if tiny else 1e-3),
+        fit=fit_options(warm, 2e-3 if tiny else 1e-3, weight_decay=0.0, ema_decay=0.9),
     )
     c.rl = dict(
         count=count,  # queries of a rollout
@@ -104,7 +87,9 @@ def get_config(argument: str = "") -> ConfigDict:
         new_old=0.05,  # beta_1
         old_new=0.05,  # beta_2
         reference=0.0,  # weight of the KL to the warm start; the paper has none
-        fit=fit(rl, 3e-4, warmup=1, ema_decay=0.0, log_every=1, save_every=5 if rl < 100 else 50),
+        fit=fit_options(
+            rl, 3e-4, warmup=1, weight_decay=0.0, ema_decay=0.0, log_every=1, save_every=5 if rl < 100 else 50
+        ),
     )
     c.synthesis = dict(
         queries=8 if tiny else 160 if arg.size == "demo" else 0,  # training queries; 0 = all
@@ -122,9 +107,9 @@ def get_config(argument: str = "") -> ConfigDict:
         noise="log_uniform",  # or log_normal
         drop=0.1,  # share of dropped conditions, for guidance
         batch=16 if tiny else 256 if not paper else 512,  # sets per step
-        fit=fit(diffusion, 1e-3 if not paper else 3e-4),
+        fit=fit_options(diffusion, 1e-3 if not paper else 3e-4),
     )
-    c.regressor = fit(diffusion if not paper else 10_000, 1e-3)  # the MSE baseline, on the same sets
+    c.regressor = fit_options(diffusion if not paper else 10_000, 1e-3)  # the MSE baseline, on the same sets
     c.mesh = dict(data=-1, fsdp=1, tensor=1)  # devices per axis; -1 takes what is left
     c.evaluation = dict(
         index="auto",  # exact, scann, or auto (ScaNN where it is installed)
