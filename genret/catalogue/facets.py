@@ -38,7 +38,7 @@ def read(
     Raises InputError for a missing file, column or field, embeddings of another length, and a table too
     small for three combinations.
     """
-    rows = kaggle._read(Path(csv_path), COLUMNS, surplus_in_last=True)
+    rows = kaggle.read_csv(Path(csv_path), COLUMNS, surplus_in_last=True)
     if embeddings is not None and len(embeddings) != len(rows):
         problem = f"{len(embeddings)} rows for the {len(rows)} of {Path(csv_path).name}"
         raise InputError("embeddings", problem, "Pass one row per row of the table.")

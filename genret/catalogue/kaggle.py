@@ -52,7 +52,7 @@ def fashion(
     """
     # The table does not quote its last column, the name: commas inside it make surplus fields,
     # which belong to it.
-    rows = _read(Path(csv_path), FASHION_COLUMNS, surplus_in_last=True)
+    rows = read_csv(Path(csv_path), FASHION_COLUMNS, surplus_in_last=True)
     texts = [row["productDisplayName"] for row in rows]
     season, usage, colour = ([row[c] for row in rows] for c in ("season", "usage", "baseColour"))
     format.write(
@@ -95,7 +95,7 @@ def streaming(
         source = [Path(source) / f"{service}_titles.csv" for service in SERVICES]
     kept: dict[tuple[str, str], dict[str, str]] = {}
     for file in map(Path, source):
-        rows = _read(file, STREAMING_COLUMNS)
+        rows = read_csv(file, STREAMING_COLUMNS)
         for row, year in zip(rows, _years(rows, "release_year", file), strict=True):
             row["id"] = f"{file.stem.removesuffix('_titles')}/{row['show_id']}"
             kept.setdefault((row["title"], year), row)
@@ -124,7 +124,7 @@ def streaming(
     return Path(path)
 
 
-def _read(path: Path, columns: Sequence[str], surplus_in_last: bool = False) -> list[dict[str, str]]:
+def read_csv(path: Path, columns: Sequence[str], surplus_in_last: bool = False) -> list[dict[str, str]]:
     """Rows of a CSV file by column name; every named column must be there, others may be."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:

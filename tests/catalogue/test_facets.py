@@ -123,7 +123,7 @@ def test_real_table():
             parts[" ".join(query.split()[-5:])].add(int(part))
     assert len(parts) == 22 and all(len(part) == 1 for part in parts.values())
 
-    rows = kaggle._read(DATA / "fashion" / "styles.csv", ["gender"], surplus_in_last=True)
+    rows = kaggle.read_csv(DATA / "fashion" / "styles.csv", ["gender"], surplus_in_last=True)
     wanted = {"gender": "Men", "usage": "Casual", "season": "Summer", "baseColour": "Black"}
     expected = {key(row["productDisplayName"]) for row in rows if wanted.items() <= row.items()}
     found = texts.references[texts.queries.index("black casual summer fashion for men")]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -195,7 +196,7 @@ def test_remat_gives_the_same_gradient(tiny, rank):
 
     plain, again = gradient(False), gradient(True)
     assert jax.tree.structure(plain) == jax.tree.structure(again)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, atol=2e-5, rtol=2e-4), plain, again)
+    chex.assert_trees_all_close(again, plain, atol=2e-5, rtol=2e-4)
 
 
 def test_remat_saves_memory():
@@ -260,7 +261,7 @@ def test_a_mesh_changes_nothing(tiny, shape):
         return jax.value_and_grad(loss)(tree, tokens, mask)
 
     found = jax.jit(step, in_shardings=(placed, rows, rows))(meshes.place(tree, placed), tokens, mask)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, atol=1e-5, rtol=1e-4), expected, found)
+    chex.assert_trees_all_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 # ---- bad input

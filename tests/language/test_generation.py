@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,7 +103,7 @@ def test_token_log_probs_against_the_whole_softmax(model, monkeypatch):
         jax.jit(jax.grad(lambda v, f=f, w=w: (f(v) * w).sum()))(variables)
         for f, w in ((plain, weights[:, 1:]), (ours, weights))
     ]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, atol=1e-4, rtol=1e-3), *gradients)
+    chex.assert_trees_all_close(*gradients, atol=1e-4, rtol=1e-3)
 
 
 def test_a_prefix_is_differentiated_through(model):
@@ -121,7 +122,7 @@ def test_a_prefix_is_differentiated_through(model):
     first = np.pad(MASK, ((0, 0), (1, 0)))[:, :-1]
     assert (MASK & first).any()
     left, right = (jax.jit(jax.value_and_grad(f))(variables["lora"]) for f in (whole, parts))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, atol=1e-4, rtol=1e-3), left, right)
+    chex.assert_trees_all_close(right, left, atol=1e-4, rtol=1e-3)
 
 
 def arrays(jaxpr):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import types
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -214,7 +215,7 @@ def test_a_rollout_is_a_pure_function_and_scores_what_was_written(warmed):
     first = rollouts_of(policy, None, rewards, report=rows.append)
     made = first(5, warmed[0])
     again = rollouts_of(policy, None, rewards)(5, warmed[0])
-    jax.tree.map(np.testing.assert_array_equal, made, again)
+    chex.assert_trees_all_equal(made, again)
     other = first(6, warmed[0])
     assert not np.array_equal(made.tokens, other.tokens)
     # Read back by hand: prompts, answers, groups, rewards.
@@ -242,7 +243,7 @@ def test_a_rollout_serves_several_steps_and_survives_a_kill(warmed, base, tmp_pa
     made = first(3, warmed[0])
     assert first(5, base) is made  # parameters have moved on, the rollout has not
     again = rollouts_of(policy, None, rewards, reuse=3, workdir=tmp_path)(4, base)
-    jax.tree.map(np.testing.assert_array_equal, made, again)
+    chex.assert_trees_all_equal(made, again)
     assert not np.array_equal(first(6, warmed[0]).advantage, made.advantage)
     # Of other options: not taken for it.
     other = rollouts_of(policy, None, rewards, reuse=3, workdir=tmp_path, seed=1)(4, warmed[0])
@@ -315,7 +316,7 @@ def test_a_run_killed_inside_a_rollout_goes_on_as_if_it_had_not_been(warmed, tmp
     with pytest.raises(KeyboardInterrupt):  # at step 4; the checkpoint of step 3 is amid the second rollout
         run(tmp_path / "killed", kill=2)
     resumed, whole = run(tmp_path / "killed"), run(tmp_path / "whole")
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), resumed, whole)
+    chex.assert_trees_all_close(resumed, whole, atol=1e-6, rtol=1e-7)
 
 
 def test_groups_of_one_reward_are_filtered_and_counted(warmed):
