@@ -194,7 +194,7 @@ def evaluate_run(run: FanoutRun, results: Path, wanted: Callable[[str], bool]) -
         row |= {name: round(float(values.mean()), 6) for name, values in found.items()}
         row |= over_runs(run, draws) if len(draws) > 1 else {}
         row["per_query"] = {n: np.round(v, 4).tolist() for n, v in found.items()}
-        row["shown"] = _shown(run, rows[: e.show], draws[0])
+        row["shown"] = _shown(run, rows[: e.show], draws[0]) if method.name != RANDOM else []
         append_rows(results, [row])
         progress(i + 1, method.name)
 

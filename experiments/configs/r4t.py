@@ -103,13 +103,13 @@ def get_config(argument: str = "") -> ConfigDict:
         block="paper" if paper else "adaln",  # paper: positions, no adaLN
         rows=0,  # L; 0 = k, the paper trains 12 and emits 10
         centred=False,  # True: the diffusion runs on the residual to the query
-        dims=0 if paper else 8 if tiny else 64,  # principal directions of the rows it runs in; 0 = all
-        noise="log_uniform",  # or log_normal
+        dims=0 if paper else 8 if tiny else 128,  # principal directions of the rows it runs in; 0 = all
+        noise="log_normal",  # or log_uniform
         drop=0.1,  # share of dropped conditions, for guidance
         batch=16 if tiny else 256 if not paper else 512,  # sets per step
         fit=fit_options(diffusion, 1e-3 if not paper else 3e-4),
     )
-    c.regressor = fit_options(diffusion if not paper else 10_000, 1e-3)  # the MSE baseline, on the same sets
+    c.regressor = fit_options(diffusion // 2 if not paper else 10_000, 1e-3)  # MSE baseline, on the same sets
     c.mesh = dict(data=-1, fsdp=1, tensor=1)  # devices per axis; -1 takes what is left
     c.evaluation = dict(
         index="auto",  # exact, scann, or auto (ScaNN where it is installed)
