@@ -154,6 +154,7 @@ def sample_fanouts(
         raise InputError("queries", problem, "ask for one or more")
     tokens, mask = policy.asked(queries)
     keys = jax.random.split(key, len(tokens))
+    batch = min(batch, len(tokens))
     answers: list[Answer] = []
     for start in range(0, len(tokens), batch):
         at = np.minimum(np.arange(start, start + batch), len(tokens) - 1)  # the last batch is filled up
