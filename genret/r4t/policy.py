@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -22,6 +23,7 @@ from genret.language.decoder import SHARDING_RULES
 from genret.r4t.folm import LanguagePolicy, RewardFunction
 from genret.r4t.grpo import SoftGRPO, advantages, agreement, soft_grpo
 from genret.training import mesh as meshes
+from genret.training.log import memory_bandwidth
 from genret.training.stage import Stage
 from genret.types import Array, Draw, InputError, PyTree, Terms
 
@@ -196,6 +198,10 @@ class Rollouts:
             self._write(number, batch)
         row = {"rollout": number, "answers": size, "tokens": int(text.own.sum())}
         row |= {"malformed": int((~scores.valid).sum()), "filtered_groups": int((~kept).sum())}
+        # Every step of the decoding reads all weights: no faster than memory gives them.
+        read = sum(x.size for x in jax.tree.leaves(variables)) * jnp.dtype(self.policy.decoder.dtype).itemsize
+        steps = int(text.own.sum(1).max())
+        row["bound_tokens_s"] = row["tokens"] / (steps * read / memory_bandwidth())
         row |= {"rollout_s": sampled - began, "reward_s": self._ended - sampled, "update_s": update}
         self.report(row | {name: float(value) for name, value in stats.items()})
         return batch
@@ -228,8 +234,8 @@ class Rollouts:
 
 
 def say(row: dict[str, Any]) -> None:
-    """A rollout's figures for people: every tenth, from the second (the first one compiles)."""
-    if row["rollout"] % 10 or row["update_s"] is None:
+    """A rollout's figures for people: the third (the ones before it compile), and every tenth."""
+    if row["update_s"] is None or (row["rollout"] % 10 and row["rollout"] != 2):
         return
     seconds = row["rollout_s"], row["reward_s"], row["update_s"]
     split = " : ".join(f"{100 * part / sum(seconds):.0f}" for part in seconds)
@@ -238,7 +244,8 @@ def say(row: dict[str, Any]) -> None:
     print(
         f"rollout {row['rollout']}: reward {row['reward']:.4f}, {means}; {row['malformed']} of "
         f"{row['answers']} answers malformed, {row['filtered_groups']} groups filtered; "
-        f"{row['answers'] / sum(seconds):.1f} rollouts/s, {row['tokens'] / seconds[0]:.0f} tokens/s, "
+        f"{row['answers'] / sum(seconds):.1f} rollouts/s, {row['tokens'] / seconds[0]:.0f} tokens/s "
+        f"({row['tokens'] / seconds[0] / row['bound_tokens_s']:.0%} of the memory-bandwidth bound), "
         f"rollout : reward : update {split}",
         flush=True,
     )

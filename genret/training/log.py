@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -36,15 +37,25 @@ def peak_flops() -> float | None:
 def matmul_flops(size: int = 2048) -> float:
     """FLOP/s of a plain f32 [size, size] matmul on the default device, the best of three: what a fraction
     is taken of where the data sheet gives no peak (a CPU), or none for f32."""
-    x = jnp.ones((size, size), jnp.float32)
     multiply = jax.jit(lambda a: jnp.matmul(a, a, precision=jax.lax.Precision.HIGHEST))
-    multiply(x).block_until_ready()
+    return 2 * size**3 / _best_seconds(multiply, jnp.ones((size, size), jnp.float32))
+
+
+@functools.cache
+def memory_bandwidth(size: int = 1 << 26) -> float:
+    """Bytes/s, read and written, of doubling f32[size] on the default device, the best of three."""
+    return 2 * 4 * size / _best_seconds(jax.jit(lambda a: a * 2), jnp.ones(size, jnp.float32))
+
+
+def _best_seconds(run: Callable[[jax.Array], jax.Array], x: jax.Array) -> float:
+    """Of three calls, after one that compiles."""
+    run(x).block_until_ready()
     seconds = []
     for _ in range(3):
         began = time.perf_counter()
-        multiply(x).block_until_ready()
+        run(x).block_until_ready()
         seconds.append(time.perf_counter() - began)
-    return 2 * size**3 / min(seconds)
+    return min(seconds)
 
 
 def duration(seconds: float) -> str:

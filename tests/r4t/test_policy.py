@@ -234,7 +234,7 @@ def test_a_rollout_is_a_pure_function_and_scores_what_was_written(warmed):
         np.testing.assert_allclose(made.stats[name], value, rtol=1e-6)
     assert rows[0]["tokens"] == made.own.sum() and rows[0]["malformed"] == (~scores.valid).sum()
     assert rows[0]["update_s"] is None and rows[1]["update_s"] >= 0
-    assert min(rows[1]["rollout_s"], rows[1]["reward_s"]) > 0
+    assert min(rows[1]["rollout_s"], rows[1]["reward_s"], rows[1]["bound_tokens_s"]) > 0
 
 
 def test_a_rollout_serves_several_steps_and_survives_a_kill(warmed, base, tmp_path):
@@ -281,7 +281,7 @@ def test_soft_grpo_raises_the_reward_and_leaves_the_base_alone(warmed, tmp_path,
     assert log[0]["reward"] == log[1]["reward"] and log[-1]["reward"] > log[0]["reward"] + 0.2
     assert {"alignment_std", "diversity", "valid", "kept", "answer_tokens"} <= log[0].keys()
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("rollout ")]
-    assert len(said) == 2 and all(w in said[0] for w in ("rollouts/s", "tokens/s", "malformed", "update"))
+    assert len(said) == 3 and all(w in said[0] for w in ("rollouts/s", "tokens/s", "malformed", "update"))
 
 
 def test_full_tuning_and_a_reference_hold_the_policy_back(warmed, tmp_path):
@@ -364,12 +364,14 @@ def test_a_prompt_without_a_shared_part_is_asked_too(warmed):
 def test_what_is_said_about_a_rollout(capsys):
     row = dict(
         rollout=10, answers=32, tokens=960, malformed=3, filtered_groups=1, rollout_s=6.0, reward_s=1.0,
-        update_s=3.0, reward=0.5, valid=0.9, diversity=0.25, diversity_std=0.125, kept=0.9,
+        update_s=3.0, bound_tokens_s=640.0, reward=0.5, valid=0.9, diversity=0.25, diversity_std=0.125,
+        kept=0.9,
     )  # fmt: skip
     training.say(row)
     training.say(row | {"rollout": 11})
     training.say(row | {"rollout": 0, "update_s": None})
     assert capsys.readouterr().out == (
         "rollout 10: reward 0.5000, diversity 0.250 (std 0.125); 3 of 32 answers malformed, 1 groups "
-        "filtered; 3.2 rollouts/s, 160 tokens/s, rollout : reward : update 60 : 10 : 30\n"
+        "filtered; 3.2 rollouts/s, 160 tokens/s (25% of the memory-bandwidth bound), "
+        "rollout : reward : update 60 : 10 : 30\n"
     )

@@ -61,6 +61,14 @@ def test_peak_is_known_for_known_chips_only(monkeypatch, kind, peak):
     assert log.peak_flops() == peak
 
 
+def test_memory_bandwidth_is_that_of_the_fastest_of_three(monkeypatch):
+    # 1,024 floats of four bytes each, read and written, in one second at best.
+    clock = iter([0.0, 2.0, 2.0, 3.0, 3.0, 7.0])
+    monkeypatch.setattr(log.time, "perf_counter", lambda: next(clock))
+    assert log.memory_bandwidth.__wrapped__(1024) == 2 * 4 * 1024
+    assert not list(clock)
+
+
 def test_matmul_flops_are_those_of_the_fastest_of_three(monkeypatch):
     # Three products take 2, 1 and 4 seconds: 2 · 64³ multiplications and additions in the best of them.
     clock = iter([0.0, 2.0, 2.0, 3.0, 3.0, 7.0])
