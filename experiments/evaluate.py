@@ -38,8 +38,8 @@ def evaluate_run(run: Run, results: Path, methods: str = "") -> None:
     """Every method of one seed that has no rows yet; methods: only those with a match of this regular
     expression in "table: name". Raises InputError for one that cannot be read."""
     finished = run.folder / "evaluated.json"  # lets a finished seed be passed over unopened
-    done = _methods(results, run.seed)
-    if not methods and finished.exists() and json.loads(finished.read_text()) == done:
+    done, tables = _methods(results, run.seed), sorted(run.config.ablations)
+    if not methods and finished.exists() and json.loads(finished.read_text()) == [tables, done]:
         return
     wanted = _pattern(methods)
     asked = [m for m in run.methods() if m.name not in done and wanted.search(f"{m.table}: {m.name}")]
@@ -61,7 +61,7 @@ def evaluate_run(run: Run, results: Path, methods: str = "") -> None:
             append_rows(results, evaluate(method, run.searcher, exact, validation, test, protocol, lookups))
             progress(i + 1, method.name)
     if not methods:
-        write_text(finished, json.dumps(_methods(results, run.seed)))
+        write_text(finished, json.dumps([tables, _methods(results, run.seed)]))
 
 
 def _methods(results: Path, seed: int) -> list[str]:

@@ -138,6 +138,20 @@ def test_methods_are_chosen_by_table_and_name(run, tmp_path):
     assert results.read_bytes() == whole and not (one.folder / "evaluated.json").exists()
 
 
+def test_tables_that_join_an_evaluated_seed_are_evaluated_too(run, tmp_path):
+    class Few(Run):
+        def methods(self):
+            return list(self.baselines.methods())[: 2 if "order" in self.config.ablations else 1]
+
+    config = run.config.copy_and_resolve_references()
+    folder, results = copied(run, tmp_path / "seed_0").folder, tmp_path / "results.jsonl"
+    for tables, names in (((), ["seed mean"]), (("order",), ["seed mean", "seed medoid"])):
+        config.ablations = tables
+        evaluate.evaluate_run(Few(config, run.catalogue, run.splits, folder, 0), results)
+        assert list(dict.fromkeys(r["method"] for r in read_rows(results))) == names
+    assert json.loads((folder / "evaluated.json").read_text()) == [["order"], names]
+
+
 def test_the_command_and_the_machine_are_kept_beside_the_config(molecules, tmp_path):
     config = modit.get_config("size=test")
     same_run(config, molecules.arrays, tmp_path)
