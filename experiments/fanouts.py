@@ -17,6 +17,7 @@ from experiments.workdir import append_rows, read_rows
 from genret.r4t import baselines
 from genret.r4t.fanout import network_calls
 from genret.r4t.folm import LanguagePolicy, collect_fanouts, sample_fanouts
+from genret.r4t.items import nearest_items
 from genret.r4t.rewards import OAR
 from genret.retrieval import sets as metrics
 from genret.training.log import Progress
@@ -61,7 +62,7 @@ def all_methods(run: FanoutRun) -> Iterator[FanoutMethod]:
         return FanoutMethod(name, answer, draws, calls)
 
     def alone(rows: np.ndarray, seed: int) -> Fanout:
-        found = index.search(data.query_embeddings[rows], k * _depth(run))[0]
+        found = baselines.no_fanout(index)(data.query_embeddings[rows], k * _depth(run), seed)
         return Fanout(x[found[:, :k]], found=found.reshape(len(rows), k, -1))
 
     yield line(RANDOM, lambda: baselines.random_pool(len(x)), draws=True)
@@ -139,13 +140,13 @@ def score(run: FanoutRun, rows: np.ndarray, fanout: Fanout) -> dict[str, np.ndar
     ids, near = ids.reshape(*real.shape, -1), cosine[:, 0].reshape(real.shape)
     nearest = np.where(real, ids[..., 0], -1)
     contents = (x[np.maximum(nearest, 0)] * real[..., None]).astype(np.float32)
-    query = run.data.query_embeddings[rows]
+    query, vendi = run.data.query_embeddings[rows], np.asarray(metrics.vendi_groups(contents))
     made = {
         "groundedness": (near * real).sum(1) / k,
-        "diversity": np.maximum(np.asarray(metrics.vendi_groups(contents)) - 1, 0) / max(k - 1, 1),
+        "diversity": np.maximum(vendi - 1, 0) / max(k - 1, 1),
         "alignment": np.einsum("qkd,qd->q", contents, query) / k,
     }
-    made["relevant"] = np.maximum(made["alignment"], 0) * np.asarray(metrics.vendi_groups(contents)) / k
+    made["relevant"] = np.maximum(made["alignment"], 0) * vendi / k
     made["composite"] = sum(weight * made[name] for name, weight in OAR.items())
     made |= {
         "duplicates": metrics.duplicate_rate(nearest), "coherence": metrics.coherence(contents),
@@ -204,7 +205,7 @@ def _shown(run: FanoutRun, rows: np.ndarray, fanout: Fanout) -> list[dict[str, A
     out = []
     for q, row in enumerate(rows):
         z = fanout.vectors[q][(fanout.vectors[q] != 0).any(-1)]
-        found = run.index.search(z, 1)[0][:, 0] if len(z) else []
+        found = nearest_items(run.index, z[None])[0] if len(z) else []
         said = {"query": run.data.queries[row], "contents": [run.data.contents[i] for i in found]}
         out.append(said | ({"sub_queries": fanout.texts[q]} if fanout.texts else {}))
     return out

@@ -86,6 +86,7 @@ class FanoutRun:
     def language(self) -> LanguageModel:
         return load_language_model(self.config.language.model)
 
+    @functools.cache  # noqa: B019 - it checks the norms of all contents, and answers are timed
     def rewards(self, components: tuple[str, ...] = ()) -> Rewards:
         """The training reward; components: those that count, '' for all, the rest at weight 0."""
         r = self.config.reward
