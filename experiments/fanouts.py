@@ -73,6 +73,7 @@ def all_methods(run: FanoutRun) -> Iterator[FanoutMethod]:
     yield from _language(run)
     yield line("MSE set regressor", lambda: baselines.regressor(run.model("regressor")), calls=1)
     yield _drawn(run, DIFFUSION, "euler_maruyama", e.steps, e.guidance)
+    yield _drawn(run, f"{DIFFUSION}, no guidance", "euler_maruyama", e.steps, 0.0)
     for steps in e.few:
         yield _drawn(run, f"{DIFFUSION}, Heun {steps}", "heun", steps, 0.0)
 
@@ -216,7 +217,7 @@ def time_run(run: FanoutRun, results: Path) -> None:
     search of the contents included and split out. A warm-up call of each shape is left out."""
     e, rows = run.config.evaluation, run.data.rows("test")
     done = {(r["method"], r["batch"]) for r in read_rows(results) if r["seed"] == run.seed}
-    timed = re.compile(rf"({FOLM}|{DIFFUSION}(, Heun \d+)?)$")
+    timed = re.compile(rf"({FOLM}|{DIFFUSION}(, .*)?)$")
     lines = {m.name: m for m in all_methods(run) if timed.match(m.name)}
     for batch in e.latency:
         at = np.resize(rows, batch)

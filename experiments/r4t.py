@@ -169,7 +169,9 @@ class FanoutRun:
         if data.references is None:
             ids = mmr_reranking(self.index, data.embeddings)(data.query_embeddings[rows], k, self.seed)
         else:
-            rng = np.random.default_rng([self.seed, 94])
+            # Few queries, large sets: as many different parts of them as there would be queries.
+            rng, most = np.random.default_rng([self.seed, 94]), self.config.warm.queries
+            rows = np.repeat(rows, max(1, most // len(rows)))
             ids = [rng.permutation(data.references[row])[:k] for row in rows]
         return [
             (data.queries[row], [data.contents[i] for i in own]) for row, own in zip(rows, ids, strict=True)

@@ -146,6 +146,9 @@ class DiT(nn.Module):
             return nn.Dense(self.width, dtype=self.dtype, name=name, **kw)
 
         root = math.sqrt(width)  # unit-norm rows enter with coordinate variance 1
+        memory = condition.memory
+        if memory is not None:
+            memory = memory * math.sqrt(memory.shape[-1])
         tokens = dense("read_set")(z)
         mask = None if present is None else present[:, None, None]  # [B, 1, 1, K]
         c = nn.Dense(self.width, name="noise_in")(_fourier(noise))
@@ -183,7 +186,7 @@ class DiT(nn.Module):
                 self.width, self.heads, self.cross, self.adaln, self.mlp_ratio, self.dtype, self.attention,
                 name=f"block_{i}",
             )  # fmt: skip
-            tokens = block(tokens, c, mask, condition.memory)
+            tokens = block(tokens, c, mask, memory)
 
         h = tokens[:, -rows:]
         if self.adaln:
@@ -204,9 +207,7 @@ class DiT(nn.Module):
             means = jnp.einsum("bd,mde->bme", anchor * root, maps)
             mean = jnp.take_along_axis(means, condition.domain[:, None, None], axis=1)[:, 0]
         else:
-            mean = nn.Dense(width, kernel_init=nn.initializers.zeros, name="mean")(
-                condition.memory.mean(1) * root
-            )
+            mean = nn.Dense(width, kernel_init=nn.initializers.zeros, name="mean")(memory.mean(1))
         sigma = jnp.exp(4 * noise)[:, None]
         return out + (mean * sigma * jax.lax.rsqrt(1 + sigma**2))[:, None]
 
