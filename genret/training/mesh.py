@@ -86,6 +86,17 @@ def place(tree: PyTree, target: PyTree) -> PyTree:
     return jax.tree.map(one, tree, target)
 
 
+def local(tree: PyTree) -> PyTree:
+    """The whole of every array on this process's first device, for work that each process does by itself.
+
+    A collective of all processes where arrays are spread over them; returned as it is where none is.
+    """
+    if all(getattr(x, "is_fully_addressable", True) for x in jax.tree.leaves(tree)):
+        return tree
+    whole = jax.tree.map(lambda x: NamedSharding(x.sharding.mesh, P()), tree)
+    return jax.tree.map(lambda x: x.addressable_data(0), jax.jit(lambda t: t, out_shardings=whole)(tree))
+
+
 def batch_shardings(batch: PyTree, mesh: Mesh) -> PyTree:
     """The leading axis of every leaf over (data, fsdp); raises InputError if it does not divide."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
