@@ -41,6 +41,8 @@ def start(coordinator: str | None = None, process_id: int | None = None, count: 
         raise InputError("--process_id", f"{process_id} of {count}", f"use 0 to {count - 1}")
     if coordinator is not None and not coordinator.rpartition(":")[2].isdigit():
         raise InputError("--coordinator", f"{coordinator!r} names no port", "write HOST:PORT")
+    # `fit` saves on its own schedule, and with this service on a SIGTERM would end nothing.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(coordinator, count, process_id)
     except ValueError as error:  # what jax says where it finds no cluster
