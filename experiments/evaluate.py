@@ -30,6 +30,7 @@ from genret.modit.protocol import SPLITS, Contexts, evaluate
 from genret.modit.validation import predictor_report
 from genret.retrieval.index import build_index
 from genret.retrieval.metrics import macro
+from genret.training import processes
 from genret.training.log import Progress
 from genret.types import InputError
 
@@ -155,6 +156,8 @@ def main(
     """Every seed of `config`."""
     if follow and not checkpoints:
         raise InputError("--follow", "follows the checkpoints of stages", "give --checkpoints=sft")
+    if follow and processes.several():  # each would see a checkpoint at another moment
+        raise InputError("--follow", "watches with one process", "leave out --multihost")
     wanted = _pattern(methods)
     if "fanout" in config:
         for run in r4t.open_runs(config, workdir):

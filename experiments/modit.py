@@ -34,7 +34,7 @@ from genret.retrieval.index import build_index
 from genret.retrieval.metrics import macro
 from genret.training.checkpoint import restore_params
 from genret.training.loop import FitOptions, fit
-from genret.training.mesh import make_mesh
+from genret.training.mesh import local, make_mesh
 from genret.training.stage import Stage
 from genret.types import PyTree
 
@@ -208,7 +208,8 @@ class Run:
         )
 
     def _bound(self, space: edm.Space, params: PyTree) -> MoDiT:
-        return MoDiT(self.retriever, params, space, self.catalogue.embeddings, self.fitted.predicted)
+        embeddings, density = self.catalogue.embeddings, self.fitted.predicted
+        return MoDiT(self.retriever, local(params), space, embeddings, density)
 
     def _validated(self, model: MoDiT) -> dict[str, float]:
         """Macro Joint, Attribute and Purity of the one-call query on the validation contexts."""

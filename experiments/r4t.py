@@ -33,6 +33,7 @@ from genret.r4t.grpo import SoftGRPO
 from genret.r4t.rewards import OAR, WSCR, CachedEncoder, Rewards
 from genret.r4t.synthesis import SynthesisOptions, SyntheticSets, synthesize
 from genret.retrieval.index import Index, build_index
+from genret.training import processes
 from genret.training.checkpoint import restore_params
 from genret.training.loop import FitOptions, fit
 from genret.training.mesh import make_mesh
@@ -60,7 +61,8 @@ def open_fanout(config: ConfigDict, encoder: TextEncoder) -> FanoutData:
         "fashion": lambda: facets.read(f.raw, seed=f.seed),
         "polyvore": lambda: polyvore.read(f.raw),
     }
-    return embed(read[f.data](), functools.partial(encoder.encode, batch_size=128), cache=f.folder)
+    encode = functools.partial(encoder.encode, batch_size=128)
+    return processes.first("fan-out data", lambda: embed(read[f.data](), encode, cache=f.folder))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,7 @@
-"""What is in a run's folder, and how it is written: whole or not at all."""
+"""What is in a run's folder, and how it is written: whole or not at all, and by process 0 alone.
+
+Every process calls what writes here, and finds it written when the call returns.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,19 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from genret.training import processes
 from genret.types import InputError
 
 
 def write_text(path: Path, text: str) -> None:
-    """The whole text or the old file: written beside `path` and moved into place."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    """The whole text or the old file: written beside `path`, by process 0, and moved into place."""
+
+    def write() -> None:
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(text)
+        os.replace(temporary, path)
+
+    processes.once(f"{path.parent.name}/{path.name}", write)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -5,6 +5,6 @@ set -euo pipefail
 # shellcheck source=launch/environment.sh
 . "$(dirname "$0")/environment.sh" moses
 config="--config=experiments/configs/modit.py:size=demo"
-python -m experiments.run "$config" --workdir=runs/demo "$@"
-python -m experiments.evaluate "$config" --workdir=runs/demo "$@"
-python -m experiments.report --workdir=runs/demo
+run python -m experiments.run "$config" --workdir=runs/demo "$@"
+run python -m experiments.evaluate "$config" --workdir=runs/demo "$@"
+run python -m experiments.report --workdir=runs/demo

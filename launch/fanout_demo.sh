@@ -6,6 +6,6 @@ set -euo pipefail
 # shellcheck source=launch/environment.sh
 . "$(dirname "$0")/environment.sh" fanout
 config="--config=experiments/configs/r4t.py:size=demo"
-python -m experiments.run "$config" --workdir=runs/fanout "$@"
-python -m experiments.evaluate "$config" --workdir=runs/fanout "$@"
-python -m experiments.report --workdir=runs/fanout
+run python -m experiments.run "$config" --workdir=runs/fanout "$@"
+run python -m experiments.evaluate "$config" --workdir=runs/fanout "$@"
+run python -m experiments.report --workdir=runs/fanout

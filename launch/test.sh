@@ -3,4 +3,4 @@
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 . "$(dirname "$0")/environment.sh" test
-python -m pytest -n 2 "$@"
+run python -m pytest -n 2 "$@"

@@ -21,6 +21,7 @@ from genret.modit.softmax import make_corpus, multi_positive_softmax
 from genret.modit.stages import TrainingSet
 from genret.modit.trajectories import seeds_and_tail
 from genret.training.loop import FitOptions, fit
+from genret.training.mesh import local
 from genret.training.stage import Stage
 from genret.types import Array, Terms
 
@@ -88,6 +89,6 @@ def fit_contrastive(
         frozen={"table": np.asarray(data.embeddings), "corpus": negatives.rows},
         card={"embedding": size, "domains": len(positive)},
     )
-    params = fit(stage, workdir, options, mesh=mesh).ema
+    params = local(fit(stage, workdir, options, mesh=mesh).ema)
     encode = jax.jit(lambda x, m: model.apply({"params": params}, x, m))
     return lambda x, m: np.asarray(encode(x, m))

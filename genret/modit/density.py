@@ -21,6 +21,7 @@ from genret.catalogue.format import Catalogue
 from genret.diffusion.edm import unit
 from genret.retrieval.index import ExactIndex
 from genret.training.loop import FitOptions, fit
+from genret.training.mesh import local
 from genret.training.stage import Stage
 from genret.types import Array, InputError, PyTree, Terms
 
@@ -156,7 +157,7 @@ def fit_predictor(
         rules=((r"", P()),),
         card=predictor_card(catalogue, labels),
     )
-    params = fit(stage, workdir, options, mesh=mesh).ema
+    params = local(fit(stage, workdir, options, mesh=mesh).ema)
     return Predictor(model, params)
 
 

@@ -21,6 +21,7 @@ from genret.catalogue.splits import Splits
 from genret.modit import density as dn
 from genret.modit import trajectories as tr
 from genret.modit.stages import TrainingSet
+from genret.training import processes
 from genret.training.loop import FitOptions
 
 
@@ -65,12 +66,14 @@ def prepare(
     if arrays is None:
         labels = dn.buy_labels(catalogue, splits.train, budget=budget, k=k, seed=seed)
     else:
-        labels = dn.Labels(*(arrays[n] for n in ("probes", "positives", "trials", "seen")))
+        labels = _bought(arrays)
     fitted = dn.fit_predictor(catalogue, labels, workdir / "predictor", predictor, mesh=mesh)
     if arrays is None:
         say("fitting linear probes, latent cells and the neighbour table")
-        arrays = _fit(catalogue, splits, labels, fitted, cells, neighbours, seed, index)
-        _write(folder, arrays, options)
+        found = (catalogue, splits, labels, fitted, cells, neighbours, seed, index)
+        processes.once("fitted", lambda: _write(folder, _fit(*found), options))
+        arrays = _read(folder, options)
+        labels = _bought(arrays)
     found = tr.Cells(arrays["members"], arrays["membership"], arrays["run"])
     # Labelled density where an item was probed, predicted density elsewhere.
     known = arrays["predicted"].copy()
@@ -101,6 +104,10 @@ def _fit(catalogue, splits, labels, predictor, cells, neighbours, seed, index) -
             catalogue.embeddings, splits.train, k=neighbours, index=index
         ),
     }  # fmt: skip
+
+
+def _bought(arrays: dict[str, np.ndarray]) -> dn.Labels:
+    return dn.Labels(*(arrays[n] for n in ("probes", "positives", "trials", "seen")))
 
 
 def _read(folder: Path, options: dict) -> dict[str, np.ndarray] | None:

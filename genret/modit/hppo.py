@@ -35,6 +35,7 @@ from genret.modit.stages import RetrievalTerm, TailBatch, condition, model_card,
 from genret.modit.trajectories import sort_by_density
 from genret.retrieval.index import Index
 from genret.retrieval.scoring import Counts, Scorer
+from genret.training import processes
 from genret.training.log import matmul_flops
 from genret.training.stage import Stage
 from genret.types import Draw, InputError, PyTree, Terms
@@ -173,13 +174,16 @@ class Refresh:
         self.folder.mkdir(parents=True, exist_ok=True)
         items = sort_by_density(contexts.seeds, fitted.predicted, contexts.domain)
         at = pairs.context
-        temporary = path.with_suffix(".tmp.npz")
-        np.savez(
-            temporary, items=items[at], domain=contexts.domain[at],
-            winner=pool.queries[at, pairs.winner], loser=pool.queries[at, pairs.loser],
-            report=json.dumps(report), card=self._card,
-        )  # fmt: skip
-        os.replace(temporary, path)
+        arrays = dict(items=items[at], domain=contexts.domain[at])
+        arrays |= dict(winner=pool.queries[at, pairs.winner], loser=pool.queries[at, pairs.loser])
+        arrays |= dict(report=json.dumps(report), card=self._card)
+        processes.once(f"HPPO round {number}", lambda: _write(path, arrays))
+
+
+def _write(path: Path, arrays: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp.npz")
+    np.savez(temporary, **arrays)
+    os.replace(temporary, path)
 
 
 def summary(pool: Pool, counts: Counts, pairs: Pairs, k: int) -> dict[str, Any]:

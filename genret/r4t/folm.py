@@ -14,6 +14,8 @@ from genret.language.decoder import Decoder, init_lora
 from genret.language.generation import generate, token_log_probs
 from genret.r4t.prompts import K, Prompt
 from genret.r4t.rewards import Answer, Scores
+from genret.training import processes
+from genret.training.mesh import local
 from genret.types import Array, InputError, PyTree
 
 # Prompts and answers are padded to multiples of these, so that few shapes compile.
@@ -115,7 +117,8 @@ class LanguagePolicy:
             self.decoder, variables, tokens, mask, keys, max_new=self.max_new, temperature=self.temperature,
             top_p=self.top_p, stop=self.stop, prefix=self.prefix,
         )  # fmt: skip
-        written, own, log_probs = (np.asarray(x) for x in (made.tokens, made.mask, made.log_probs))
+        read = local((made.tokens, made.mask, made.log_probs))
+        written, own, log_probs = (np.asarray(x) for x in read)
         used = min(self.max_new, ANSWER_STEP * -(-int(own.sum(1).max()) // ANSWER_STEP))
         written, own, log_probs = written[:, :used], own[:, :used], log_probs[:, :used]
         text = _side_by_side(np.asarray(tokens), np.asarray(mask), written, own)
@@ -159,7 +162,8 @@ def sample_fanouts(
     for start in range(0, len(tokens), batch):
         at = np.minimum(np.arange(start, start + batch), len(tokens) - 1)  # the last batch is filled up
         answers += policy.sample(variables, tokens[at], mask[at], keys[at])[2]
-    return answers[: len(queries)]
+    # Hosts may round a probability apart and then draw another token.
+    return processes.agreed("answers", answers[: len(queries)])
 
 
 class Collected(NamedTuple):

@@ -23,6 +23,7 @@ from genret.language.decoder import SHARDING_RULES
 from genret.r4t.folm import LanguagePolicy, RewardFunction
 from genret.r4t.grpo import SoftGRPO, advantages, agreement, soft_grpo
 from genret.training import mesh as meshes
+from genret.training import processes
 from genret.training.log import memory_bandwidth
 from genret.training.stage import Stage
 from genret.types import Array, Draw, InputError, PyTree, Terms
@@ -217,9 +218,13 @@ class Rollouts:
         self._path(number).parent.mkdir(parents=True, exist_ok=True)
         arrays = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
         stats = {f"stats/{name}": values for name, values in arrays.pop("stats").items()}
-        temporary = self._path(number).with_suffix(".tmp.npz")
-        np.savez_compressed(temporary, card=self._card, **arrays, **stats)
-        os.replace(temporary, self._path(number))
+
+        def write() -> None:
+            temporary = self._path(number).with_suffix(".tmp.npz")
+            np.savez_compressed(temporary, card=self._card, **arrays, **stats)
+            os.replace(temporary, self._path(number))
+
+        processes.once(f"rollout {number}", write)
 
     def _read(self, number: int) -> RolloutBatch | None:
         """A rollout that a killed run left; None where there is none, or it is of other options."""

@@ -19,6 +19,7 @@ keys are its own, so a run killed and resumed writes what an undisturbed one wri
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -37,6 +38,7 @@ from genret.r4t.items import distinct_items
 from genret.r4t.prompts import K
 from genret.r4t.rewards import Answer, Encode
 from genret.retrieval.index import Index
+from genret.training import processes
 from genret.training.log import Progress
 from genret.types import Array, InputError
 
@@ -148,8 +150,8 @@ def synthesize(
     card = make_card(data, rows, options, about)
     folder.mkdir(parents=True, exist_ok=True)
     _claim(folder, card)
-    for left in folder.glob("*.tmp"):  # of a run that was killed
-        shutil.rmtree(left)
+    # What a run that was killed left.
+    processes.once("old shards", lambda: [shutil.rmtree(left) for left in folder.glob("*.tmp")])
     progress = Progress("synthesis", card["shards"], apart=10.0)
     for s in range(card["shards"]):
         if not (folder / _name(s)).exists():
@@ -158,7 +160,7 @@ def synthesize(
             answers = _draw(policy, [data.queries[r] for r in some], key, options.fanouts)
             rewards = None if reward is None else np.asarray(reward(some, answers), np.float32)
             arrays, counts = _shard(some, answers, rewards, data.embeddings, encode, index, options)
-            _write(folder, s, arrays, counts)
+            processes.once(f"shard {s}", functools.partial(_write, folder, s, arrays, counts))
             progress(s + 1, ", ".join(f"{n} {name}" for name, n in counts.items()))
     return load_sets(folder, card)
 
@@ -210,9 +212,13 @@ def _claim(folder: Path, card: dict[str, Any]) -> None:
     if (folder / "card.json").exists():
         _same(card, json.loads((folder / "card.json").read_text()), folder)
         return
-    temporary = folder / "card.json.new"
-    temporary.write_text(json.dumps(card, indent=1, sort_keys=True))
-    os.replace(temporary, folder / "card.json")
+
+    def write() -> None:
+        temporary = folder / "card.json.new"
+        temporary.write_text(json.dumps(card, indent=1, sort_keys=True))
+        os.replace(temporary, folder / "card.json")
+
+    processes.once("card of the sets", write)
 
 
 def _same(wanted: dict[str, Any], found: dict[str, Any], folder: Path) -> None:

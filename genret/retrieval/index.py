@@ -41,7 +41,7 @@ class ExactIndex:
 
     embeddings: float[N, D] (a np.memmap is read once, each device's rows only), any finite values.
     mesh: all its devices share the corpus, whatever the axes are called, and the ids are the same
-        for every mesh; None: the first device.
+        for every mesh; None: the first device of this process.
     query_block, corpus_block: largest block of either; peak memory on a device is about
         4 * query_block * corpus_block bytes beside the corpus, so [Q, N] never exists.
 
@@ -60,7 +60,7 @@ class ExactIndex:
     ):
         embeddings = _checked_embeddings(embeddings)
         self.num_items, self.width = embeddings.shape
-        self.mesh = Mesh(np.array(jax.devices()[:1]), ("corpus",)) if mesh is None else mesh
+        self.mesh = Mesh(np.array(jax.local_devices()[:1]), ("corpus",)) if mesh is None else mesh
         self.query_block = max(query_block, MIN_QUERIES)
         share = math.ceil(self.num_items / self.mesh.size)
         blocks = math.ceil(share / corpus_block)  # on each device, equal: little padding is scored

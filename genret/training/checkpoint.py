@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from genret.types import InputError, PyTree
@@ -59,8 +60,9 @@ class Checkpoints:
 def restore_params(folder: Path | str, abstract: PyTree, *, card: dict, step: int | None = None) -> PyTree:
     """The EMA parameters of a run, for evaluation or as the start of the next stage.
 
-    abstract: ShapeDtypeStructs of the parameters, with shardings where a mesh is wanted. Raises
-    InputError when `folder` holds no checkpoint, or one of another model.
+    abstract: ShapeDtypeStructs of the parameters, with shardings where a mesh is wanted; without, they come
+    as NumPy arrays, whatever devices of whatever processes wrote them. Raises InputError when `folder` holds
+    no checkpoint, or one of another model.
     """
     folder = Path(folder).resolve()
     if not folder.is_dir():
@@ -77,7 +79,7 @@ def restore_params(folder: Path | str, abstract: PyTree, *, card: dict, step: in
             args=ocp.args.Composite(
                 state=ocp.args.PyTreeRestore(
                     {"ema": abstract},
-                    restore_args=ocp.checkpoint_utils.construct_restore_args({"ema": abstract}),
+                    restore_args=jax.tree.map(_restored, {"ema": abstract}),
                     partial_restore=True,
                 )
             ),
@@ -85,6 +87,12 @@ def restore_params(folder: Path | str, abstract: PyTree, *, card: dict, step: in
     finally:
         manager.close()
     return restored["state"]["ema"]
+
+
+def _restored(leaf: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:
+    if leaf.sharding is None:
+        return ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
+    return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
 
 
 def _same_card(found: dict, wanted: dict, where: Path) -> None:

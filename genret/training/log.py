@@ -13,6 +13,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from genret.training import processes
+
 # Dense bf16 peak, FLOP/s per chip, from the vendors' data sheets; MFU is printed where the chip is known.
 PEAK_FLOPS = {
     "NVIDIA A100": 3.12e14,
@@ -70,7 +72,7 @@ class Progress:
 
     def __init__(self, name: str, total: int, start: int = 0, *, apart: float = 0.0):
         self.name, self.total, self.start, self.apart = name, total, start, apart
-        self.began, self.bar = time.monotonic(), sys.stderr.isatty()
+        self.began, self.bar = time.monotonic(), sys.stderr.isatty() and processes.is_writer()
         self.said = -apart
 
     def __call__(self, done: int, text: str = "") -> None:

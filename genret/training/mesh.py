@@ -86,6 +86,21 @@ def place(tree: PyTree, target: PyTree) -> PyTree:
     return jax.tree.map(one, tree, target)
 
 
+def local(tree: PyTree) -> PyTree:
+    """The whole of every array on this process's first device, for work that each process does by itself.
+
+    A collective of all processes for arrays that are spread over them; the others are returned as they are.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    spread = [i for i, x in enumerate(leaves) if not getattr(x, "is_fully_addressable", True)]
+    if spread:
+        found = [leaves[i] for i in spread]
+        whole = [NamedSharding(x.sharding.mesh, P()) for x in found]
+        for i, x in zip(spread, jax.jit(lambda t: t, out_shardings=whole)(found), strict=True):
+            leaves[i] = x.addressable_data(0)
+    return jax.tree.unflatten(structure, leaves)
+
+
 def batch_shardings(batch: PyTree, mesh: Mesh) -> PyTree:
     """The leading axis of every leaf over (data, fsdp); raises InputError if it does not divide."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]

@@ -1,0 +1,115 @@
+"""Several processes, one program: who writes, who waits, and how long.
+
+All processes run the same commands in the same order. What lies in files is written by process 0 alone while
+the others wait, so it must be on a file system that all of them see (Orbax's checkpoints ask the same), and
+what they decide from files is decided alike. With one process everything here is a plain call.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+
+from genret.types import InputError
+
+# Seconds. Long, as process 0 may cluster or embed a catalogue meanwhile; one that dies is missed in 100.
+PATIENCE = 7200.0
+T = TypeVar("T")
+_met: collections.Counter[str] = collections.Counter()  # a barrier of jax cannot be used twice
+
+
+class BarrierError(RuntimeError):
+    """A barrier that not all processes reached in time; the message names it."""
+
+
+def start(coordinator: str | None = None, process_id: int | None = None, count: int | None = None) -> str:
+    """Join the other processes, before any other use of JAX; returns 'process i of n, k devices'.
+
+    coordinator: HOST:PORT of process 0. Without all three JAX asks the cluster (SLURM, TPU pods, GKE).
+    Raises InputError where only some are given, or there is no cluster to ask.
+    """
+    given = {"--coordinator": coordinator, "--process_id": process_id, "--num_processes": count}
+    missing = [name for name, value in given.items() if value is None]
+    if 0 < len(missing) < len(given):
+        problem = "is not given, and others of the three are"
+        raise InputError(missing[0], problem, "give all three, or none where JAX can ask the cluster")
+    if not missing and not 0 <= process_id < count:
+        raise InputError("--process_id", f"{process_id} of {count}", f"use 0 to {count - 1}")
+    if coordinator is not None and not coordinator.rpartition(":")[2].isdigit():
+        raise InputError("--coordinator", f"{coordinator!r} names no port", "write HOST:PORT")
+    # `fit` saves on its own schedule, and with this service on a SIGTERM would end nothing.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(coordinator, count, process_id)
+    except ValueError as error:  # what jax says where it finds no cluster
+        fix = "give --coordinator, --process_id and --num_processes"
+        raise InputError("--multihost", f"JAX found no cluster to ask ({error})", fix) from None
+    return f"process {jax.process_index()} of {jax.process_count()}, {jax.device_count()} devices"
+
+
+def several() -> bool:
+    """Whether this program runs in more than one process; touches no device where it does not."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def is_writer() -> bool:
+    """Whether this process is the one that writes."""
+    return not several() or jax.process_index() == 0
+
+
+def barrier(name: str, patience: float = PATIENCE) -> None:
+    """Wait until all processes are here; raises BarrierError after `patience` seconds, or if one has died."""
+    if several():
+        _ask("wait_at_barrier", name, patience)
+
+
+def once(name: str, write: Callable[[], Any]) -> None:
+    """Process 0 writes: the others have read what they want before, and go on when it is done."""
+    barrier(f"{name}, to be written")
+    if is_writer():
+        write()
+    barrier(f"{name}, written")
+
+
+def first(name: str, make: Callable[[], T]) -> T:
+    """make() by process 0, and then by the others, who find in the cache what it left there."""
+    if not several():
+        return make()
+    try:
+        made = make() if is_writer() else None
+    finally:  # an error in the input is met by all
+        barrier(name)
+    return made if is_writer() else make()
+
+
+def agreed(name: str, value: T) -> T:
+    """What process 0 holds for `value`, which is JSON; raises BarrierError as `barrier` does."""
+    if not several():
+        return value
+    return json.loads(_ask("word", name, PATIENCE, json.dumps(value) if is_writer() else None))
+
+
+def _ask(what: str, name: str, patience: float, word: str | None = None) -> str | None:
+    """The one place that knows jax's coordination client: no public barrier has a time-out."""
+    from jax._src import distributed
+
+    _met[name] += 1
+    key, milliseconds = f"genret: {name} ({_met[name]})", round(1000 * patience)
+    try:
+        client = distributed.global_state.client
+        if what == "wait_at_barrier":
+            return client.wait_at_barrier(key, milliseconds)
+        if word is not None:
+            client.key_value_set(key, word)
+        return client.blocking_key_value_get(key, milliseconds)
+    except AttributeError as error:
+        raise BarrierError(f"this jax ({jax.__version__}) has no such client; genret knows 0.10's") from error
+    except jax.errors.JaxRuntimeError as error:
+        raise BarrierError(
+            f"barrier {name!r}: process {jax.process_index()} of {jax.process_count()} waited up to "
+            f"{patience:.0f} s and not all came ({str(error).splitlines()[0]})"
+        ) from error

@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# Train, evaluate and report one configuration as an indexed Kubernetes Job, one process per pod; pod 0 reports.
+# IMAGE has this repository, installed, as its working folder; CLAIM is a ReadWriteMany volume claim, mounted at
+# /shared, where WORKDIR and config.catalogue.folder should be. DRY_RUN=1 prints the manifest and the command:
+#   NAME=three PODS=4 IMAGE=... CLAIM=... [RESOURCE=nvidia.com/gpu=8] [SELECTOR=key=value,...] \
+#     launch/gke.sh CONFIG /shared/runs/three [--config.x=y ...]
+set -euo pipefail
+if [ $# -lt 2 ] || [ -z "${NAME:-}" ] || [ -z "${PODS:-}" ] || [ -z "${IMAGE:-}" ] || [ -z "${CLAIM:-}" ]; then
+  sed -n '2,6s/^# //p' "$0" >&2
+  exit 2
+fi
+printf -v config '%q' "--config=$1"
+printf -v workdir '%q' "--workdir=$2"
+shift 2
+printf -v more ' %q' "$@"
+[ $# -gt 0 ] || more=""
+together="--multihost --coordinator=$NAME-0.$NAME:8476 --num_processes=$PODS --process_id=\$JOB_COMPLETION_INDEX"
+limits="" selector=""
+[ -z "${RESOURCE:-}" ] || limits="
+          resources: {limits: {\"${RESOURCE%=*}\": \"${RESOURCE##*=}\"}}"
+if [ -n "${SELECTOR:-}" ]; then
+  IFS=, read -ra pairs <<< "$SELECTOR"
+  selector="
+      nodeSelector:"
+  for pair in "${pairs[@]}"; do
+    selector+="
+        ${pair%%=*}: \"${pair#*=}\""
+  done
+fi
+manifest="apiVersion: v1
+kind: Service # gives the pods the names that --coordinator uses
+metadata: {name: $NAME}
+spec:
+  clusterIP: None
+  publishNotReadyAddresses: true
+  selector: {job-name: $NAME}
+---
+apiVersion: batch/v1
+kind: Job
+metadata: {name: $NAME}
+spec:
+  completionMode: Indexed
+  completions: $PODS
+  parallelism: $PODS
+  backoffLimit: 0
+  template:
+    spec:
+      subdomain: $NAME
+      restartPolicy: Never$selector
+      containers:
+        - name: genret
+          image: $IMAGE$limits
+          volumeMounts: [{name: shared, mountPath: /shared}]
+          command: [bash, -euc]
+          args:
+            - |
+              python -m experiments.run $together $config $workdir$more
+              python -m experiments.evaluate $together $config $workdir$more
+              [ \"\$JOB_COMPLETION_INDEX\" != 0 ] || python -m experiments.report $workdir
+      volumes: [{name: shared, persistentVolumeClaim: {claimName: $CLAIM}}]"
+if [ -n "${DRY_RUN:-}" ]; then
+  echo "kubectl apply -f - << 'EOF'"
+  echo "$manifest"
+  echo "EOF"
+else
+  kubectl apply -f - <<< "$manifest"
+fi

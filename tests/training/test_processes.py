@@ -1,0 +1,210 @@
+"""Several processes over loopback: barriers with a time-out, one writer, and a run like one process's."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.workdir import read_rows
+from genret.catalogue import format
+from genret.training import processes
+from genret.types import InputError
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax_tests"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    "PYTHONPATH": str(ROOT),
+}
+
+
+def together(command, count=2, devices=1, fails=False):
+    """stdout of every process of `python command`; flags of --multihost are added where count exceeds one."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | ENVIRONMENT
+    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    flags = ["--multihost", f"--coordinator=localhost:{port}", f"--num_processes={count}"]
+    started = [
+        subprocess.Popen(
+            [sys.executable, *command, *([*flags, f"--process_id={i}"] if count > 1 else [])],
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(count)
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=500) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert all((p.returncode != 0) == fails for p in started), said
+    return said if fails else [out for out, _ in said]
+
+
+# A command like those of experiments, whose body is given.
+COMMAND = """
+import sys, time
+from pathlib import Path
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from experiments.command import launch
+from genret.training import processes
+from genret.training.mesh import local, make_mesh
+
+def main(workdir):
+    index = jax.process_index()
+    {body}
+
+launch(main, config=False)
+"""
+
+
+def command(body, workdir):
+    body = body.strip().replace("\n", "\n    ")
+    return ["-c", COMMAND.format(body=body), f"--workdir={workdir}"]
+
+
+def test_one_process_needs_nobody():
+    done = []
+    processes.barrier("alone")
+    processes.once("alone", lambda: done.append(1))
+    assert done == [1] and processes.is_writer() and not processes.several()
+    assert processes.first("alone", lambda: 2) == 2 and processes.agreed("alone", (3,)) == (3,)
+
+
+def test_process_0_writes_and_speaks_and_the_others_read(tmp_path):
+    body = """
+path = workdir / "made"
+processes.once("file", lambda: time.sleep(.3) or path.write_text(str(index)))
+assert path.read_text() == "0"
+assert processes.agreed("list", [index, "x"]) == [0, "x"]
+(workdir / f"first_{index}").write_text(processes.first("cache", lambda: str(path.exists()) + str(index)))
+rows = jax.make_array_from_callback(
+    (2, 3), NamedSharding(make_mesh(), P("data")), lambda at: jnp.full((1, 3), 1.0 + index)
+)
+whole = local({"rows": rows, "own": jnp.ones(1)})
+assert whole["rows"].is_fully_addressable and whole["rows"].tolist() == [[1.0] * 3, [2.0] * 3]
+print("a line for people")
+"""
+    out = together(command(body, tmp_path))
+    lines = [
+        [line for line in text.splitlines() if not line.startswith(("[Gloo]", "I0", "W0"))] for text in out
+    ]
+    assert lines == [["process 0 of 2, 2 devices", "a line for people"], ["process 1 of 2, 2 devices"]]
+    assert [(tmp_path / f"first_{i}").read_text() for i in (0, 1)] == ["True0", "True1"]
+
+
+def test_a_barrier_that_is_not_reached_in_time_names_itself(tmp_path):
+    body = """
+if index == 0:
+    processes.barrier("meeting point", patience=1.0)
+time.sleep(60)
+"""
+    found = together(command(body, tmp_path), fails=True)
+    line = next(line for line in found[0][1].splitlines() if line.startswith("error: "))
+    assert line.startswith("error: barrier 'meeting point': process 0 of 2 waited up to 1 s and not all came")
+
+
+def test_flags_that_do_not_belong_together_are_refused():
+    with pytest.raises(InputError, match="^--process_id: is not given, and others of the three are"):
+        processes.start("localhost:1234", None, 2)
+    with pytest.raises(InputError, match="^--process_id: 2 of 2. use 0 to 1"):
+        processes.start("localhost:1234", 2, 2)
+    with pytest.raises(InputError, match="^--coordinator: 'localhost' names no port"):
+        processes.start("localhost", 0, 2)
+    for flags, problem in (
+        (["--process_id=0"], "error: --process_id: is given for one process alone. give --multihost too"),
+        (["--multihost"], "error: --multihost: JAX found no cluster to ask"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "experiments.run", "--workdir=nowhere", *flags,
+             "--config=experiments/configs/modit.py:size=test"],
+            cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 1 and problem in done.stderr, done.stderr
+    assert not (ROOT / "nowhere").exists()
+
+
+@pytest.fixture(scope="module")
+def catalogue(tmp_path_factory):
+    """1,200 items around 24 centres; attribute `a` is a direction, `b` chance."""
+    rng = np.random.default_rng(0)
+    pattern, has = np.arange(1200) % 24, rng.random(1200) < 0.4
+    x = rng.normal(size=(24, 16))[pattern] + 0.5 * rng.normal(size=(1200, 16))
+    x += 1.2 * has[:, None] * rng.normal(size=16)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    path = tmp_path_factory.mktemp("catalogue") / "small.parquet"
+    attributes = {"a": has, "b": rng.random(1200) < 0.3}
+    ids = [f"item {i}" for i in range(1200)]
+    format.write(path, ids=ids, embeddings=np.float32(x), attributes=attributes, patterns=pattern)
+    return path
+
+
+def parameters(folder):
+    """The newest checkpoint's parameters, as NumPy arrays."""
+    import orbax.checkpoint as ocp
+
+    state = max((folder / "checkpoints").glob("[0-9]*"), key=lambda p: int(p.name)) / "state"
+    reader = ocp.PyTreeCheckpointer()
+    plain = jax.tree.map(
+        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(state).item_metadata.tree
+    )
+    return reader.restore(state, restore_args=plain)["params"]
+
+
+def test_two_processes_train_and_evaluate_what_one_does(catalogue, tmp_path):
+    """On the same mesh of two devices, parameters sharded over it; what one process pretrained is read."""
+    config = [
+        f"--config=experiments/configs/modit.py:size=test,data={catalogue}",
+        "--config.evaluation.index=exact", "--config.retrieval.weight=0.0", "--config.hppo.rounds=1",
+        "--config.hppo.contexts=48", "--config.hppo.policy=deterministic",
+        "--config.labels.predictor.steps=10", "--config.mesh.fsdp=2",
+    ]  # fmt: skip
+    methods = "--methods=^main: (seed mean|ridge regressor|MO-DiT after SFT|MO-DiT after HPPO)$"
+    one, two = tmp_path / "one", tmp_path / "two"
+    trained = ["-m", "experiments.run", *config]
+    evaluated = ["-m", "experiments.evaluate", *config, methods]
+    together([*trained, f"--workdir={one}"], count=1, devices=2)
+    for stage in ("pretrain", "cpt", "sft_mse"):
+        shutil.copytree(one / "seed_0" / stage, two / "seed_0" / stage)
+    out = together([*trained, f"--workdir={two}"])
+    assert "cpt: resumed at step 6" in out[0] and "sft: resumed" not in out[0] and "hppo 4/4" in out[0]
+    assert out[1].startswith("process 1 of 2, 2 devices\n") and "hppo" not in out[1]
+    for stage in ("predictor", "sft", "hppo", "contrastive_labels_4"):
+        found = [parameters(run / "seed_0" / stage) for run in (one, two)]
+        for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+        logs = [(run / "seed_0" / stage / "metrics.jsonl").read_text().splitlines() for run in (one, two)]
+        losses = [[json.loads(line)["loss"] for line in log] for log in logs]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+    # Checkpoints of two processes are read by one, and the other way round.
+    together([*evaluated, f"--workdir={one}"], count=1, devices=2)
+    together([*evaluated, f"--workdir={two}"])
+    rows = [read_rows(run / "results.jsonl") for run in (one, two)]
+    assert rows[0] == rows[1] and len(rows[0]) == 4 * 4
+    reports = [json.loads((run / "seed_0" / "predictor_report.json").read_text()) for run in (one, two)]
+    assert len(reports[0]) == len(reports[1]) > 0
+    assert json.loads((two / "config.json").read_text())["environment"]["devices"] == 2
+    # Whatever two processes write, one of them does: the same files, none of them left half written.
+    files = [
+        {
+            str(p.relative_to(run))
+            for p in run.rglob("*")
+            if p.is_file() and not {"checkpoints", "tensorboard"} & {*p.parts}
+        }
+        for run in (one, two)
+    ]
+    assert files[0] == files[1]
