@@ -44,6 +44,7 @@ setup(
         "moses": ["rdkit>=2024.3"],
         "text": ["safetensors>=0.4.5", "tokenizers>=0.20"],
         "fanout": ["safetensors>=0.4.5", "tokenizers>=0.20", "gguf>=0.17", "jinja2>=3.1"],
+        "export": ["flatbuffers>=24.3"],  # jax.export reads and writes programs with it
         # What tests marked `peer` compare with; not needed otherwise.
         "peer": ["torch>=2.4", "transformers>=4.51", "trl>=1.0", "accelerate>=1.0"],
         "test": [
@@ -51,6 +52,7 @@ setup(
             "safetensors>=0.4.5",
             "tokenizers>=0.20",
             "gguf>=0.17",
+            "flatbuffers>=24.3",
             "jinja2>=3.1",
             "vendi-score>=0.0.3",
             "pytest>=8",

@@ -1,5 +1,6 @@
 """What configs share: their argument string, `size=demo,data=PATH`, and the options of a run of `fit`."""
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,7 +30,7 @@ def number(name: str, text: str) -> float:
 
 def seeds(text: str) -> tuple[int, ...]:
     """0+1+2 as a tuple; raises InputError for what is not."""
-    if not all(s.isdigit() for s in text.split("+")):
+    if not re.fullmatch(r"[0-9]{1,9}([+][0-9]{1,9})*", text):
         raise InputError("seeds", f"cannot read {text!r}", "write seeds=0+1+2")
     return tuple(int(s) for s in text.split("+"))
 

@@ -17,7 +17,9 @@ from ml_collections import config_flags
 from genret.training import processes
 from genret.types import InputError
 
-DEFINE = {bool: flags.DEFINE_bool, float: flags.DEFINE_float, str: flags.DEFINE_string}
+DEFINE = {
+    bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string,
+}  # fmt: skip
 
 
 def launch(

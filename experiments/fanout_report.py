@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from experiments.fanouts import DIFFUSION, FOLM, RANDOM
 from experiments.report_plots import LIGHT
 from experiments.report_rows import portable
-from experiments.workdir import read_rows, write_text
+from experiments.workdir import check_rows, read_json, read_rows, write_text
 from genret.retrieval.significance import paired_test
 from genret.types import InputError
 
@@ -25,6 +25,14 @@ COLUMNS = {
     "alignment": "align", "recall": "recall", "hit": "hit", "precision": "prec", "duplicates": "dupl",
     "coherence": "coher", "vendi_runs": "V runs", "vendi_rows": "V rows", "valid": "valid",
 }  # fmt: skip
+
+
+# What the report reads of a row, of a latency row and of an answer (`workdir.check_rows`).
+ROW = {"method": "text", "data": "text", "calls": "text or count", "per_query": "dict", "shown": "list?"}
+ROW |= dict.fromkeys(("seed", "queries", "k", "contents"), "count") | dict.fromkeys(COLUMNS, "number?")
+LATENCY = {"method": "text", "device": "text", "calls": "text or count", "batch": "count"}
+LATENCY |= dict.fromkeys(("p50", "p95"), "number")
+SHOWN = {"query": "text", "contents": "list", "sub_queries": "list?"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,11 +54,18 @@ class FanoutResults:
 
     def values(self, method: str, name: str) -> np.ndarray:
         """One number per seed, f64[seeds]."""
-        return np.array([row[name] for row in self.rows if row["method"] == method and name in row])
+        return np.array(
+            [row[name] for row in self.rows if row["method"] == method and row.get(name) is not None]
+        )
 
     def per_query(self, method: str, name: str) -> np.ndarray:
         """The metric of each query, averaged over seeds: f64[Q]."""
         return np.mean([row["per_query"][name] for row in self.rows if row["method"] == method], axis=0)
+
+    def has(self, method: str | None, name: str) -> bool:
+        """Whether every row of a method, and there is one, has the metric of each query."""
+        rows = [row for row in self.rows if row["method"] == method]
+        return bool(rows) and all(name in row["per_query"] for row in rows)
 
 
 def read_fanouts(workdir: Path) -> FanoutResults:
@@ -59,10 +74,37 @@ def read_fanouts(workdir: Path) -> FanoutResults:
     if not rows:
         raise InputError("--workdir", f"{workdir} holds no results", "evaluate the run first")
     if workdir.is_file():
-        return FanoutResults(rows[1:], rows[0]["latency"], rows[0]["command"])
+        check_rows(workdir, rows[:1], {"command": "text", "latency": "list"})
+        return _checked(workdir, FanoutResults(rows[1:], rows[0]["latency"], rows[0]["command"]))
     config = workdir / "config.json"
-    command = json.loads(config.read_text()).get("command", "") if config.exists() else ""
-    return FanoutResults(rows, read_rows(workdir / "latency.jsonl"), command)
+    about = read_json(config) if config.exists() else {}
+    check_rows(config, [about], {"command": "text?"})
+    found = FanoutResults(rows, read_rows(workdir / "latency.jsonl"), about.get("command") or "")
+    return _checked(workdir, found)
+
+
+def _checked(path: Path, r: FanoutResults) -> FanoutResults:
+    """`r`, or an InputError for what the report cannot compute with."""
+    if not r.rows:
+        raise InputError(str(path), "holds no rows", "evaluate the run first")
+    check_rows(path, r.rows, ROW)
+    check_rows(path, r.latency, LATENCY)
+    for row in r.rows:
+        check_rows(path, row.get("shown") or [], SHOWN)
+        said = [
+            text
+            for each in row.get("shown") or []
+            for text in each["contents"] + (each.get("sub_queries") or [])
+        ]
+        check_rows(path, [{"text": text} for text in said], {"text": "text"})
+        for name, values in row["per_query"].items():
+            check_rows(path, [row["per_query"]], {name: "list"})
+            check_rows(path, [{name: value} for value in values], {name: "number"})
+            if len(values) != (r.rows[0]["queries"] or None):
+                queries = r.rows[0]["queries"]
+                problem = f"{name} of {row['method']} has {len(values)} values for {queries} queries"
+                raise InputError(str(path), problem, "evaluate again in a new --workdir")
+    return r
 
 
 def save_fanouts(r: FanoutResults, path: Path) -> Path:
@@ -128,7 +170,7 @@ def _verdicts(r: FanoutResults) -> list[str]:
     lines = []
 
     def said(one: str, other: str | None, name: str) -> None:
-        if one in r.methods and other in r.methods:
+        if r.has(one, name) and r.has(other, name):
             a, b = r.per_query(one, name), r.per_query(other, name)
             found, low, high = ratio(a, b)
             gap = paired_test(a - b, np.arange(len(a)))
@@ -166,7 +208,7 @@ def _timings(r: FanoutResults) -> str:
             if row is None:
                 cells += f"{'-':>28}"
                 continue
-            faster = f" {base['p50'] / row['p50']:.0f}x" if base and method != FOLM else ""
+            faster = f" {base['p50'] / max(row['p50'], 1e-9):.0f}x" if base and method != FOLM else ""
             said = f"{row['p50']:.3f} ({row['p95']:.3f}){faster}"
             cells += f"{said:>28}"
         calls = next(row["calls"] for row in r.latency if row["method"] == method)
@@ -180,8 +222,8 @@ def _side_by_side(r: FanoutResults) -> str:
     lines = []
     shown = {row["method"]: row["shown"] for row in reversed(r.rows) if row.get("shown")}
     for q in range(max(map(len, shown.values()), default=0)):
-        lines.append(f'"{next(iter(shown.values()))[q]["query"]}"')
-        for method in (m for m in r.methods if m in shown):
+        lines.append(f'"{next(each[q] for each in shown.values() if q < len(each))["query"]}"')
+        for method in (m for m in r.methods if q < len(shown.get(m, []))):
             answer = shown[method][q]
             said = answer.get("sub_queries") or answer["contents"]
             lines.append(f"  {method:<30} {', '.join(said) or '(malformed)'}"[:160])

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from experiments.evidence import compared
-from experiments.report_rows import COUNTED, About, Results, gather
-from experiments.workdir import write_text
+from experiments.report_rows import CHECKPOINT, COUNTED, PREDICTOR, About, Results, counts, gather
+from experiments.workdir import check_rows, write_text
 from genret.types import InputError
 
 KEYS = ("method", "split", "domain", "seed")
@@ -108,7 +109,7 @@ def read_packed(path: Path) -> Results:
                 row = dict(zip(header["columns"], line, strict=True))
                 rows.append({**row, **header["rows"], **own[row["method"]]})
             elif "contexts" in line:
-                pattern[tuple(line["contexts"])] = np.array(line["pattern"])
+                pattern[tuple(line["contexts"])] = counts(line["pattern"])
             elif "checkpoints" in line:
                 folder = {"folder": line["checkpoints"]}
                 checkpoints += [folder | dict(zip(STEP, row, strict=True)) for row in line["rows"]]
@@ -117,14 +118,21 @@ def read_packed(path: Path) -> Results:
             else:
                 for metric in COUNTED:
                     count = len(pattern[tuple(line["hits"][1:])])
-                    hits[(metric, *line["hits"])] = decode(line[metric], count)
+                    hits[(metric, *line["hits"])] = counts(decode(line[metric], count).tolist(), count)
         beside = (header[name] for name in ("config", "command", "environment", "predictors"))
         about = About(*beside, checkpoints)
+        check_rows(path, [header], {"config": "dict", "command": "text", "environment": "dict"})
+        check_rows(path, about.predictors, PREDICTOR)
+        check_rows(path, checkpoints, CHECKPOINT)
+        r = gather(path, rows, hits, pattern, about=about)
+        for method, metric, (split, domain) in itertools.product(compared(r), COUNTED, r.cell_names):
+            if (metric, method, split, domain) not in hits:
+                raise ValueError(f"no hits of {method} on {split}/{domain}")
+        return r
     except FileNotFoundError:
         raise InputError("--results", f"{path} does not exist", "make it with --save") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         problem = f"{path} is not a packed run ({error!r})"
         raise InputError("--results", problem, "make it with --save") from None
-    return gather(path, rows, hits, pattern, about=about)

@@ -15,9 +15,8 @@ from matplotlib.figure import Figure
 
 from experiments import report_plots as plots
 from experiments.evidence import Comparison, baselines, short, short_p, table_verdicts, verdicts
-from experiments.report_rows import COUNTED, Results
+from experiments.report_rows import AGREEMENT, COUNTED, Results
 from experiments.report_tables import (
-    AGREEMENT,
     Side,
     Table,
     again,

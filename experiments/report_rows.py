@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.workdir import read_rows
+from experiments.workdir import check_rows, read_json, read_rows
 from genret.modit.protocol import SPLITS
 from genret.types import InputError
 
@@ -21,6 +20,15 @@ ENCODER = "contrastive encoder"
 METRICS = ("joint", "attribute", "purity", "normalised_joint")
 COUNTED = METRICS[:3]  # those with hits per context
 PROTOCOL = ("catalogue", "k", "n_items")
+AGREEMENT = ("spearman", "kendall", "ndcg", "calibration")  # columns of predictor_report.json
+
+# What the report reads of a row, of a checkpoint's row and of a predictor's (`workdir.check_rows`).
+ROW = dict.fromkeys(("method", "split", "domain", "catalogue", "uses"), "text")
+ROW |= dict.fromkeys(("seed", "k", "n_items", "lookups", "probes", "calls"), "count")
+ROW |= {**dict.fromkeys((*METRICS, "ann_recall"), "number"), "table": "text?", "x": "number?"}
+CHECKPOINT = dict.fromkeys(("folder", "split", "domain"), "text") | {"step": "count", "seed": "count"}
+CHECKPOINT |= dict.fromkeys(COUNTED, "number")
+PREDICTOR = dict.fromkeys(("predictor", "split", "domain"), "text") | dict.fromkeys(AGREEMENT, "number?")
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ class Results:
         """Table -> its methods; 'main' first, then in file order."""
         found: dict[str, list[str]] = {"main": []}
         for method in self.methods:
-            found.setdefault(self._of[method][0].get("table", "main"), []).append(method)
+            found.setdefault(self._of[method][0].get("table") or "main", []).append(method)
         return found
 
     @functools.cached_property
@@ -150,19 +158,28 @@ def read_results(path: Path) -> Results:
         for row in read_rows(path):
             lists = row["per_context"]
             method, split, domain = (row[key] for key in ("method", "split", "domain"))
-            asked = np.array(lists["pattern"])
+            asked = counts(lists["pattern"])
             if not np.array_equal(pattern.setdefault((split, domain), asked), asked):
                 mixed = mixed or f"{split}/{domain} ({method}, seed {row['seed']})"
             for metric in () if mixed else COUNTED:
                 at = metric, method, split, domain
-                hits[at] = hits.get(at, 0) + np.array(lists[metric])
+                hits[at] = hits.get(at, 0) + counts(lists[metric], len(asked))
             rows.append({key: value for key, value in row.items() if key != "per_context"})
         return gather(path, rows, hits, pattern, mixed)
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         problem = f"holds a row that is not of an evaluation ({error!r})"
         raise InputError(str(path), problem, "evaluate again") from None
+
+
+def counts(values: list[int], contexts: int | None = None) -> np.ndarray:
+    """i64[Q] of one count per context; raises ValueError for anything else."""
+    if not isinstance(values, list) or not all(type(n) is int and 0 <= n < 2**31 for n in values):
+        raise ValueError("a list that holds no counts")
+    if len(values) != (len(values) or 1 if contexts is None else contexts):
+        raise ValueError(f"{len(values)} counts for {contexts or 'no'} contexts")
+    return np.array(values)
 
 
 def gather(
@@ -177,6 +194,7 @@ def gather(
     def refuse(problem: str, fix: str) -> None:
         raise InputError(str(path), problem, fix)
 
+    check_rows(path, rows, ROW)
     index = {(r["method"], r["seed"], r["split"], r["domain"]): r for r in rows}
     of_kind = {r["method"]: hidden(r["uses"]) for r in rows}  # in file order
     several = {key: sorted({r[key] for r in rows}, key=str) for key in PROTOCOL}
@@ -211,15 +229,17 @@ def gather(
 def read_about(workdir: Path) -> About:
     """Config, command, predictors and checkpoints of a run, without any path of this machine."""
     path = workdir / "config.json"
-    config = portable(json.loads(path.read_text())) if path.exists() else {}
+    config = portable(read_json(path)) if path.exists() else {}
+    check_rows(path, [config], {"environment": "dict?", "command": "text?"})
     environment, command = config.pop("environment", {}), config.pop("command", "")
-    predictors = [
-        {"seed": int(path.parent.name.partition("_")[2]), **row}
-        for path in sorted(workdir.glob("seed_*/predictor_report.json"))
-        for row in json.loads(path.read_text())
-    ]
+    predictors = []
+    for path in sorted(workdir.glob("seed_*/predictor_report.json")):
+        check_rows(path, found := read_json(path), PREDICTOR)
+        predictors += [{"seed": int(path.parent.name.partition("_")[2]), **row} for row in found]
     command = command or _command(config, workdir.resolve().name)
-    return About(config, command, environment, predictors, read_rows(workdir / "checkpoints.jsonl"))
+    checkpoints = read_rows(workdir / "checkpoints.jsonl")
+    check_rows(workdir / "checkpoints.jsonl", checkpoints, CHECKPOINT)
+    return About(config, command, environment, predictors, checkpoints)
 
 
 def portable(value: Any) -> Any:

@@ -20,10 +20,9 @@ from experiments.evidence import (
     table_verdicts,
     verdicts,
 )
-from experiments.report_rows import METRICS, Results
+from experiments.report_rows import AGREEMENT, METRICS, Results
 from genret.retrieval.significance import Paired
 
-AGREEMENT = ("spearman", "kendall", "ndcg", "calibration")  # columns of predictor_report.json
 SIDES = {  # table -> (title, what the x of a curve is)
     "stages": ("Stage by stage", ""),
     "order": ("The order of the walks in CPT", ""),
@@ -272,7 +271,7 @@ def predictor_rows(rows: Iterable[dict[str, Any]]) -> list[tuple[str, ...]]:
     groups: dict[tuple[str, str, str], list[list[float]]] = {}
     for row in rows:
         key = row["predictor"], row["split"].replace("_", " "), row["domain"]
-        groups.setdefault(key, []).append([np.nan if row[m] is None else row[m] for m in AGREEMENT])
+        groups.setdefault(key, []).append([np.nan if row.get(m) is None else row[m] for m in AGREEMENT])
     return [
         (*key, *("-" if np.isnan(x) else short(x) for x in np.mean(values, axis=0)))
         for key, values in sorted(groups.items(), key=lambda item: item[0][1:])

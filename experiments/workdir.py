@@ -20,6 +20,8 @@ from ml_collections import ConfigDict
 from genret.training import processes
 from genret.types import InputError
 
+REWRITE = "evaluate again in a new --workdir"
+
 
 def write_text(path: Path, text: str) -> None:
     """The whole text or the old file: written beside `path`, by process 0, and moved into place."""
@@ -32,11 +34,59 @@ def write_text(path: Path, text: str) -> None:
     processes.once(f"{path.parent.name}/{path.name}", write)
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; raises InputError for a file that is none."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(
+            str(path), f"is not JSON ({error})", "restore it, or run into a new --workdir"
+        ) from None
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a results file; a last line cut short by a kill is left out."""
+    """Rows of a results file; a last line cut short by a kill is left out. Raises InputError for a line
+    that holds no row."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    try:
+        lines = path.read_text().splitlines(keepends=True)
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(str(path), f"holds a line that is not JSON ({error})", REWRITE) from None
+    check_rows(path, rows, {})
+    return rows
+
+
+def check_rows(path: Path, rows: Any, fields: dict[str, str]) -> None:
+    """Raises InputError unless `rows` is a list of dicts whose fields are what a report computes with.
+
+    fields: name -> text, count (an integer from 0), number (finite), text or count, list, dict; with a "?"
+    after it where the field may be null or absent.
+    """
+    if not isinstance(rows, list):
+        raise InputError(str(path), "is not a list", REWRITE)
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise InputError(str(path), f"row {number} is not an object", REWRITE)
+        for name, kind in fields.items():
+            value = row.get(name)
+            if not (value is None and kind.endswith("?")) and not _is(kind.removesuffix("?"), value):
+                said = f"is {str(value)[:40]!r}" if name in row else "is absent"
+                raise InputError(str(path), f"{name} of row {number} {said}, not a {kind}", REWRITE)
+
+
+def _is(kind: str, value: Any) -> bool:
+    if isinstance(value, bool):
+        return False
+    return {
+        "text": isinstance(value, str),
+        "count": (count := isinstance(value, int) and 0 <= value < 2**53),
+        "number": isinstance(value, (int, float)) and abs(value) < 1e15,  # nor NaN
+        "list": isinstance(value, list),
+        "dict": isinstance(value, dict),
+        "text or count": count or isinstance(value, str),
+    }[kind]
 
 
 def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -57,10 +107,7 @@ def same_run(config: ConfigDict, arrays: Sequence[np.ndarray], workdir: Path) ->
     path = workdir / "config.json"
     workdir.mkdir(parents=True, exist_ok=True)
     if path.exists():
-        try:
-            old = json.loads(path.read_text())
-        except json.JSONDecodeError:
-            raise InputError("--workdir", f"{path} is not JSON", "choose another --workdir") from None
+        check_rows(path, [old := read_json(path)], {"seeds": "list?", "ablations": "list?"})
         for name in sorted(old.keys() | new.keys()):
             if _what(old, name) != _what(new, name):
                 problem = f"{workdir} holds a run with another {name.replace('_', ' ')}"

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import html
+import io
 import json
+import math
 import os
 import re
+import tokenize
 import uuid
 import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +33,7 @@ Encode = Callable[..., np.ndarray]
 SPLITS = ("train", "validation", "test")
 
 _FORMAT = 1  # of the file
+_HEADER = 1 << 14  # bytes; that of an array is shorter
 _MIN_COSINE, _CHECKED_ROWS = 0.999, 8
 _TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
 
@@ -160,13 +163,11 @@ def load(path: str | Path) -> FanoutData:
     path = Path(path)
     try:
         with zipfile.ZipFile(path) as file:  # every member is read to its end, so its CRC is checked
+            if any(member.compress_type != zipfile.ZIP_STORED for member in file.infolist()):
+                raise ValueError("a compressed archive")
 
             def array(name: str) -> np.ndarray:
-                with file.open(f"{name}.npy") as member:
-                    values = np.lib.format.read_array(member, allow_pickle=False)
-                    if member.read(1):
-                        raise ValueError(f"{name}.npy is too long")
-                return values
+                return _array(name, file.read(f"{name}.npy"))
 
             about, contents, queries = (
                 json.loads(file.read(f"{name}.json")) for name in ("card", "contents", "queries")
@@ -191,9 +192,24 @@ def load(path: str | Path) -> FanoutData:
         raise InputError(str(path), "no such file", "Save the data first, or mend the path.") from error
     except InputError:
         raise
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError, zipfile.BadZipFile) as error:
         problem = f"truncated or not fan-out data ({error})"
         raise InputError(str(path), problem, "Write it again with FanoutData.save.") from error
+
+
+def _array(name: str, content: bytes) -> np.ndarray:
+    """The array in the bytes of a .npy file; ValueError where its header asks for other than they hold."""
+    header = io.BytesIO(content[:_HEADER])
+    if np.lib.format.read_magic(header) != (1, 0):
+        raise ValueError(f"{name}.npy is of another version")
+    try:
+        shape, by_column, kind = np.lib.format.read_array_header_1_0(header)
+    except (SyntaxError, tokenize.TokenError) as error:
+        raise ValueError(f"{name}.npy has no header") from error
+    if math.prod(shape) * kind.itemsize != len(content) - header.tell():
+        raise ValueError(f"{name}.npy is not the size of {kind}{list(shape)}")
+    values = np.frombuffer(content, kind, offset=header.tell())
+    return values.reshape(shape[::-1]).T if by_column else values.reshape(shape)
 
 
 def embed(texts: FanoutTexts, encode: Encode, *, cache: str | Path | None = None) -> FanoutData:
@@ -292,6 +308,11 @@ def _check_texts(data: FanoutTexts | FanoutData) -> None:
         blank = next((i for i, t in enumerate(texts) if not isinstance(t, str) or not t.strip()), None)
         if blank is not None:
             raise InputError(name, f"row {blank} is {texts[blank]!r}", "Pass a text with a word in it.")
+        try:
+            "".join(texts).encode()
+        except UnicodeEncodeError as error:  # JSON may spell half a character
+            problem = f"holds {error.object[error.start]!r}, no character"
+            raise InputError(name, problem, "Mend the text.") from error
         if len(set(texts)) < len(texts):
             seen: set[str] = set()
             again = next(text for text in texts if text in seen or seen.add(text))

@@ -129,7 +129,7 @@ def read_csv(path: Path, columns: Sequence[str], surplus_in_last: bool = False) 
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             header, *lines = csv.reader(file, strict=True)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, IsADirectoryError) as error:
         raise InputError(str(path), "no such file", "Pass the table as Kaggle ships it.") from error
     except (ValueError, csv.Error) as error:  # ValueError: an empty file, or not UTF-8
         problem = f"not a UTF-8 CSV table ({error})"

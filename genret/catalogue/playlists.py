@@ -92,7 +92,7 @@ def _read_lists(path: Path, tracks: dict[str, int]) -> list[dict]:
             each["track_ids"] = list(found["track_ids"])
             if not all(isinstance(part, str) for part in (*list(each.values())[:2], *each["track_ids"])):
                 raise TypeError("a text that is no string")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             fix = 'Write {"name": ..., "description": ..., "track_ids": [...]}.'
             raise InputError(where, f"not a playlist ({error!r})", fix) from error
         if not each["name"].strip() or not each["track_ids"]:

@@ -77,7 +77,7 @@ def _outfit(outfit: Any, categories: dict[int, str], where: str) -> tuple[str, l
     try:
         text = ". ".join(filter(None, (_text(outfit[key]) for key in ("name", "desc"))))
         items = [(_text(item["name"]), int(item["categoryid"])) for item in outfit["items"]]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(where, f"not an outfit ({error!r})", "Fetch the file again.") from error
     names = (name or categories.get(category, "") for name, category in items)
     return text, [name for name in names if name]
@@ -95,7 +95,7 @@ def _read_json(path: Path) -> list[Any]:
         outfits = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(str(path), "no such file", FIX) from error
-    except ValueError as error:  # malformed, cut off, or not UTF-8
+    except (ValueError, RecursionError) as error:  # malformed, cut off, or not UTF-8
         raise InputError(str(path), f"not readable as JSON ({error})", "Fetch it again.") from error
     if not isinstance(outfits, list) or not outfits:
         raise InputError(str(path), "not a list of outfits", "Fetch it again.")

@@ -125,7 +125,7 @@ class Retriever:
             denoise = sampler.guide(denoise, lambda z, s: away(z + shift, s) - shift, guidance)
         shape = (rows, self.model.embedding)
         if method == "posterior_mean":
-            z = sampler.posterior_mean(denoise, jnp.zeros((len(anchor), *shape)))
+            z = sampler.posterior_mean(denoise, jnp.zeros((anchor.shape[0], *shape)))
         else:
             sigmas = sampler.schedule(steps)
             z = sigmas[0] * edm.gaussian_noise(key, shape)

@@ -55,9 +55,14 @@ class DecoderConfig:
     qk_norm: bool
 
     def __post_init__(self):
-        for name, value in dataclasses.asdict(self).items():
-            if not isinstance(value, (int, float)) or not (isinstance(value, bool) or value > 0):
-                raise InputError(name, f"{value!r} is not positive", "take the checkpoint's config.json")
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if field.type == "bool":
+                continue
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not (whole or field.type == "float" and isinstance(value, float)) or not 0 < value < 2**31:
+                problem = f"{value!r} is not positive and of type {field.type}"
+                raise InputError(name, problem, "take the checkpoint's config.json")
         if self.num_attention_heads % self.num_key_value_heads:
             heads = f"{self.num_attention_heads} query heads over {self.num_key_value_heads}"
             raise InputError("num_key_value_heads", heads, "use a divisor of num_attention_heads")

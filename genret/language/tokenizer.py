@@ -133,11 +133,14 @@ def tokenizer_of(reader: Any) -> Tokenizer:
     if read("model") != "gpt2":
         problem = f"a tokenizer of type {read('model')!r}"
         raise InputError(path, problem, "Byte-level BPE only: pass the model's tokenizer.json.")
-    tokens, types = read("tokens"), read("token_type")
-    merges = [tuple(pair.split(" ")) for pair in read("merges")]
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.BPE({token: i for i, token in enumerate(tokens)}, merges)
-    )
+    tokens, types, merges = read("tokens"), read("token_type"), read("merges")
+    try:
+        pairs = [tuple(pair.split(" ")) for pair in merges]
+        vocabulary = {token: i for i, token in enumerate(tokens)}
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, pairs))
+        kinds = list(zip(tokens, types, strict=True))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise InputError(path, f"not a vocabulary with merges ({error})", "Fetch it again.") from error
     split, byte_level = tokenizers.pre_tokenizers, tokenizers.pre_tokenizers.ByteLevel
     words = read("pre")
     if words == "smollm":
@@ -156,12 +159,15 @@ def tokenizer_of(reader: Any) -> Tokenizer:
         tokenizer.add_tokens(
             [
                 tokenizers.AddedToken(token, special=special, normalized=False)
-                for token, its_kind in zip(tokens, types, strict=True)
+                for token, its_kind in kinds
                 if its_kind == kind
             ]
         )
     named = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
     ids = {name: gguf_value(reader, f"tokenizer.ggml.{key}_token_id") for name, key in named.items()}
+    for name, i in ids.items():
+        if i is not None and not (isinstance(i, int) and 0 <= i < len(tokens)):
+            raise InputError(path, f"the {name} token is {i!r} of {len(tokens)}", "Fetch it again.")
     special = {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None}
     return Tokenizer(tokenizer, gguf_value(reader, "tokenizer.chat_template"), special)
 

@@ -6,6 +6,7 @@ Both return float32 numpy arrays on the host, checked one by one against the mod
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,16 +49,28 @@ def read_gguf(path: str | Path) -> Any:
         raise InputError("gguf", f"{error.name} is not installed", INSTALL) from error
     if not Path(path).is_file():
         raise InputError(str(path), "no such file", "Pass the path of a .gguf file.")
+
+    class Bounded(gguf.GGUFReader):
+        """Past the end of the file numpy would give it nothing, and it would go on for 2^60 elements."""
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> np.ndarray:
+            if int(offset) + int(count) * np.dtype(dtype).itemsize > len(self.data):
+                raise ValueError(f"{count} elements at {offset} are past the end")
+            return super()._get(offset, dtype, count, override_order)
+
     try:
-        return gguf.GGUFReader(path)
+        return Bounded(path)
     except Exception as error:  # a cut file fails wherever its end happens to be
         raise InputError(str(path), f"not readable as GGUF ({error})", _FETCH) from error
 
 
 def gguf_value(reader: Any, key: str) -> Any:
-    """The metadata value of `key`, or None."""
+    """The metadata value of `key`, or None; raises InputError for a text that is none."""
     field = reader.get_field(key)
-    return None if field is None else field.contents()
+    try:
+        return None if field is None else field.contents()
+    except ValueError as error:
+        raise InputError(str(reader.data.filename), f"{key} is not readable ({error})", _FETCH) from error
 
 
 def load_gguf(path: str | Path) -> tuple[DecoderConfig, PyTree]:
@@ -113,11 +126,17 @@ def _gguf_config(path: str, reader: Any) -> DecoderConfig:
             raise InputError(str(path), f"{kind}.{key} is missing", _FETCH)
         return default if value is None else value
 
+    def number(key: str, default: Any = None) -> Any:
+        value = read(key, default)
+        if not isinstance(value, (int, float)) or not value > 0:
+            raise InputError(str(path), f"{kind}.{key} is {value!r}", _FETCH)
+        return value
+
     shapes = {tensor.name: tensor.shape for tensor in reader.tensors}
     if "token_embd.weight" not in shapes:
         raise InputError(str(path), "tensor token_embd.weight is missing", _FETCH)
-    width, heads = read("embedding_length"), read("attention.head_count")
-    head_dim = read("attention.key_length", width // heads)
+    width, heads = number("embedding_length"), number("attention.head_count")
+    head_dim = number("attention.key_length", width // heads or 1)
     expected = {
         "rope.scaling.type": "none",
         "rope.dimension_count": head_dim,
@@ -131,13 +150,13 @@ def _gguf_config(path: str, reader: Any) -> DecoderConfig:
     return DecoderConfig(
         vocab_size=int(shapes["token_embd.weight"][-1]),
         hidden_size=width,
-        num_hidden_layers=read("block_count"),
+        num_hidden_layers=number("block_count"),
         num_attention_heads=heads,
-        num_key_value_heads=read("attention.head_count_kv", heads),
+        num_key_value_heads=number("attention.head_count_kv", heads),
         head_dim=head_dim,
-        intermediate_size=read("feed_forward_length"),
-        rms_norm_eps=float(f"{read('attention.layer_norm_rms_epsilon'):.6g}"),  # stored as float32
-        rope_theta=float(read("rope.freq_base", 10_000.0)),
+        intermediate_size=number("feed_forward_length"),
+        rms_norm_eps=float(f"{number('attention.layer_norm_rms_epsilon'):.6g}"),  # stored as float32
+        rope_theta=float(number("rope.freq_base", 10_000.0)),
         tie_word_embeddings="output.weight" not in shapes,
         qk_norm=kind == "qwen3",
     )
@@ -157,7 +176,7 @@ def load_safetensors(folder: str | Path) -> tuple[DecoderConfig, PyTree]:
     config = _hub_config(folder)
     files, shards = {}, _shards(folder)
     for shard in shards:
-        if not shard.is_file():
+        if not os.path.isfile(shard):  # also where its name can be none
             raise InputError(str(folder), f"{shard.name} is missing", "Pass a whole checkpoint folder.")
         try:
             files[shard] = safe_open(shard, "np")
@@ -189,7 +208,7 @@ def _shards(folder: Path) -> list[Path]:
         return sorted(
             {folder / Path(name).name for name in json.loads(index.read_text())["weight_map"].values()}
         )
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(str(index), f"not an index of shards ({error!r})", _FETCH) from error
 
 
@@ -215,7 +234,7 @@ def _hub_config(folder: Path) -> DecoderConfig:
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
             qk_norm=kind == "qwen3",
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise InputError(
             str(path), f"not a decoder's configuration ({error!r})", "Fetch it again."
         ) from error
@@ -246,6 +265,9 @@ def _params(
     path: str | Path,
 ) -> PyTree:
     """Every leaf of the module from `take(module, layer)`, which removes what it gives from `left`."""
+    if config.num_hidden_layers > len(left):  # before a module of them is made
+        problem = f"{config.num_hidden_layers} layers, and {len(left)} tensors"
+        raise InputError(str(path), problem, "Take configuration and weights from one checkpoint.")
     tokens, mask = jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1, 1), jnp.bool_)
     init = Decoder(config).init
     shapes = jax.eval_shape(lambda t, m: init(jax.random.key(0), t, m)["params"], tokens, mask)

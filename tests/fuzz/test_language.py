@@ -1,0 +1,92 @@
+"""Damaged checkpoints: GGUF and its metadata, safetensors and its configuration."""
+
+import importlib.util
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import strategies as st
+
+from genret.language.pretrained import load_language_model
+from genret.language.weights import load_gguf, load_safetensors
+
+
+def written(tree) -> bytes:
+    return json.dumps(tree).encode()
+
+
+def _checkpoints():
+    spec = importlib.util.spec_from_file_location(
+        "checkpoints", Path(__file__).parent.parent / "language" / "conftest.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def gguf_files():
+    with tempfile.TemporaryDirectory() as folder:
+        return [{"model.gguf": _checkpoints().write_gguf(Path(folder) / "model.gguf", "llama").read_bytes()}]
+
+
+def other_metadata(draw, _):
+    """A whole GGUF with a few facts changed, or taken away."""
+    keys = "block_count embedding_length feed_forward_length attention.head_count attention.head_count_kv "
+    keys += "attention.key_length attention.value_length attention.layer_norm_rms_epsilon rope.freq_base "
+    keys += "rope.dimension_count expert_count"
+    keys = [f"llama.{key}" for key in keys.split()]
+    keys += [f"tokenizer.{k}" for k in ("ggml.model", "ggml.pre", "ggml.bos_token_id", "ggml.eos_token_id")]
+    odd = [
+        None,
+        0,
+        1,
+        7,
+        2**31,
+        2**32 - 1,
+        "",
+        "none",
+        "x",
+        0.0,
+        -1.5,
+        float("nan"),
+        float("inf"),
+        True,
+        False,
+    ]
+    facts = draw(st.dictionaries(st.sampled_from(keys), st.sampled_from(odd), min_size=1, max_size=2))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.gguf"
+        return {"model.gguf": _checkpoints().write_gguf(path, "llama", **facts).read_bytes()}
+
+
+def hub_files():
+    made = _checkpoints()
+    with tempfile.TemporaryDirectory() as folder:
+        made.write_hub(Path(folder), "qwen3")
+        files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    index = {"metadata": {}, "weight_map": dict.fromkeys(made.hub_tensors("qwen3"), "model.safetensors")}
+    return [files | {"model.safetensors.index.json": written(index)}]
+
+
+LOADERS = {
+    "gguf": lambda fuzz: (gguf_files, fuzz.any_damage, lambda f: load_language_model(f / "model.gguf")),
+    "metadata": lambda _: (lambda: [{}], other_metadata, lambda f: load_gguf(f / "model.gguf")),
+    "safetensors": lambda fuzz: (hub_files, fuzz.any_damage, load_safetensors),
+}
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_sound_samples_are_read(fuzz, name):
+    fuzz.sound(LOADERS[name](fuzz))
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_damage_is_said_in_one_error(fuzz, name):
+    fuzz.few(LOADERS[name](fuzz))
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("name", LOADERS)
+def test_much_damage_is_said_in_one_error(fuzz, name):
+    fuzz.many(LOADERS[name](fuzz))
