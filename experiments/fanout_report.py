@@ -263,5 +263,11 @@ def write(workdir: Path, r: FanoutResults) -> Path:
 
 def is_fanout(path: Path) -> bool:
     """Whether the rows of a run's folder, or of a packed file, are R4T's."""
-    rows = read_rows(path if path.is_file() else path / "results.jsonl")
-    return bool(rows) and (rows[0].get("genret") == PACKED or {"data", "per_query"} <= rows[0].keys())
+    if path.is_file():
+        try:
+            with path.open() as file:
+                return json.loads(file.readline())["genret"] == PACKED
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return False  # whoever reads all of it says what is wrong
+    rows = read_rows(path / "results.jsonl")
+    return bool(rows) and {"data", "per_query"} <= rows[0].keys()
