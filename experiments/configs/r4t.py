@@ -92,8 +92,8 @@ def get_config(argument: str = "") -> ConfigDict:
         ),
     )
     c.synthesis = dict(
-        queries=8 if tiny else 160 if arg.size == "demo" else 0,  # training queries; 0 = all
-        fanouts=2 if tiny else 128 if paper else 4,  # of each (papers' B.4: 128)
+        queries=8 if tiny else 320 if arg.size == "demo" else 0,  # training queries; 0 = all
+        fanouts=128 if paper else 2 if tiny or arg.size == "demo" else 4,  # of each (papers' B.4: 128)
         distinct=False,  # refill repeated rows
         keep_top=1.0,  # share of each query's best sets
         shard=8 if tiny else 32,  # queries written at a time
