@@ -133,8 +133,18 @@ def fit_predictor(
     mesh: Mesh | None = None,
 ) -> Predictor:
     """Train the metric predictor on the probes; a finished run is read back."""
-    model = DensityMLP(catalogue.num_domains)
     x = np.asarray(catalogue.embeddings[labels.probes])
+    card = predictor_card(catalogue, labels)
+    stage = predictor_stage(x, labels, card=card, batch=batch, seed=options.seed)
+    params = fit(stage, workdir, options, mesh=mesh).ema
+    return Predictor(DensityMLP(catalogue.num_domains), params)
+
+
+def predictor_stage(
+    x: np.ndarray, labels: Labels, *, card: dict | None = None, batch: int = 256, seed: int = 0
+) -> Stage:
+    """The stage that trains a `DensityMLP` on probes x f32[P, D] and what `labels` counts of them."""
+    model = DensityMLP(len(labels.positives))
     positives, trials = (a.T.astype(np.float32) for a in (labels.positives, labels.trials))
 
     def loss(params, _, rows, draw):
@@ -145,19 +155,17 @@ def fit_predictor(
         return Terms(value, jnp.ones_like(value))
 
     def batches(step, _):
-        rows = np.random.default_rng([options.seed, 12, step]).integers(0, len(x), batch)
+        rows = np.random.default_rng([seed, 12, step]).integers(0, len(x), batch)
         return {"x": x[rows], "positives": positives[rows], "trials": trials[rows]}
 
-    stage = Stage(
+    return Stage(
         name="predictor",
-        init=lambda key: model.init(key, jnp.zeros((1, catalogue.width)))["params"],
+        init=lambda key: model.init(key, jnp.zeros((1, x.shape[1])))["params"],
         loss=loss,
         batch=batches,
         rules=((r"", P()),),
-        card=predictor_card(catalogue, labels),
+        card=card or {},
     )
-    params = fit(stage, workdir, options, mesh=mesh).ema
-    return Predictor(model, params)
 
 
 def linear_probes(catalogue: Catalogue, labels: Labels) -> tuple[np.ndarray, np.ndarray]:
