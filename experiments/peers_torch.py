@@ -147,6 +147,7 @@ class TorchTrainer:
         ]
         self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True)
         self.options, self.autocast, self.done = options, autocast, 0
+        self.kind = device()  # torch.compile cannot trace the look-up
         self.value = torch.compile(self.loss) if compiled else self.loss
 
     def anchor(self) -> Any:
@@ -160,7 +161,7 @@ class TorchTrainer:
         """D(z; σ) of `edm.denoiser`."""
         s = sigma[:, None, None]
         root = (s**2 + 1).sqrt()
-        with self.torch.autocast(device(), self.torch.bfloat16, enabled=self.autocast):
+        with self.torch.autocast(self.kind, self.torch.bfloat16, enabled=self.autocast):
             out = self.net(z / root, sigma.log() / 4, self.context, self.mask, domain, anchor)
         return z / root**2 + s / root * out.float()
 
@@ -201,7 +202,7 @@ class TorchTrainer:
 
     def wait(self) -> None:
         """Until the device is done."""
-        if device() == "cuda":
+        if self.kind == "cuda":
             self.torch.cuda.synchronize()
 
 
