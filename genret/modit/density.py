@@ -7,6 +7,7 @@ so a few per cent of the training items are probed and a light predictor fills i
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,12 +110,16 @@ class Predictor:
 
     def gradient(self, embeddings: np.ndarray, domain: np.ndarray) -> np.ndarray:
         """Unit gradient f32[Q, D] of the log-odds of each row's domain."""
+        return np.asarray(unit(_ascent(self.model, self.params, embeddings, domain)))
 
-        def logit(e, m):
-            return self.model.apply({"params": self.params}, e[None])[0, m]
 
-        ascent = jax.jit(jax.vmap(jax.grad(logit)))(embeddings, domain)
-        return np.asarray(unit(ascent))
+# Compiled once for each Q: HPPO's pools and a baseline's settings ask again and again.
+@functools.partial(jax.jit, static_argnums=0)
+def _ascent(model: DensityMLP, params: PyTree, embeddings: Array, domain: Array) -> Array:
+    def logit(e, m):
+        return model.apply({"params": params}, e[None])[0, m]
+
+    return jax.vmap(jax.grad(logit))(embeddings, domain)
 
 
 def predictor_card(catalogue: Catalogue, labels: Labels) -> dict:
