@@ -23,7 +23,10 @@ TARGETS = (0.9, 0.99)
 LINKS, BUILD = 32, 200  # of both HNSW graphs: M and efConstruction
 EF = (1, 1.5, 2, 3, 5, 8, 12, 20, 40, 80)  # ef of a search, in K
 # ScaNN's ladder: share of the leaves searched (where there is a tree), candidates rescored in K.
-LEAVES = ((0.005, 2), (0.01, 3), (0.02, 5), (0.05, 10), (0.1, 20), (0.2, 40), (0.5, 80), (1.0, 150))
+LEAVES = (
+    (0.003, 1), (0.003, 1.5), (0.006, 1.5), (0.006, 2), (0.01, 3), (0.02, 5), (0.05, 10), (0.1, 20),
+    (0.2, 40), (0.5, 80), (1.0, 150),
+)  # fmt: skip
 
 Search = Callable[[np.ndarray, int], np.ndarray]
 """(queries f32[Q, D], k) -> scores f32[Q, k], inner products, descending."""
@@ -98,7 +101,7 @@ def scann(world: World):
     leaves, items, k = 2 * index.leaves, len(world.vectors), world.scale.depth
     settings = []
     for share, rescored in LEAVES:
-        setting = max(1, round(share * leaves)) if leaves else 0, min(items, rescored * k)
+        setting = max(1, round(share * leaves)) if leaves else 0, min(items, round(rescored * k))
         if setting not in settings:
             settings.append(setting)
 
