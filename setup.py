@@ -47,6 +47,8 @@ setup(
         "export": ["flatbuffers>=24.3"],  # jax.export reads and writes programs with it
         # What tests marked `peer` compare with; not needed otherwise.
         "peer": ["torch>=2.4", "transformers>=4.51", "trl>=1.0", "accelerate>=1.0"],
+        # What `python -m experiments.benchmark --peers` compares with.
+        "bench": ["torch>=2.4", "transformers>=4.51", "faiss-cpu>=1.8", "hnswlib>=0.8"],
         "test": [
             "rdkit>=2024.3",
             "safetensors>=0.4.5",

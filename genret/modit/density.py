@@ -7,6 +7,7 @@ so a few per cent of the training items are probed and a light predictor fills i
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,12 +111,16 @@ class Predictor:
 
     def gradient(self, embeddings: np.ndarray, domain: np.ndarray) -> np.ndarray:
         """Unit gradient f32[Q, D] of the log-odds of each row's domain."""
+        return np.asarray(unit(_ascent(self.model, self.params, embeddings, domain)))
 
-        def logit(e, m):
-            return self.model.apply({"params": self.params}, e[None])[0, m]
 
-        ascent = jax.jit(jax.vmap(jax.grad(logit)))(embeddings, domain)
-        return np.asarray(unit(ascent))
+# Compiled once for each Q: HPPO's pools and a baseline's settings ask again and again.
+@functools.partial(jax.jit, static_argnums=0)
+def _ascent(model: DensityMLP, params: PyTree, embeddings: Array, domain: Array) -> Array:
+    def logit(e, m):
+        return model.apply({"params": params}, e[None])[0, m]
+
+    return jax.vmap(jax.grad(logit))(embeddings, domain)
 
 
 def predictor_card(catalogue: Catalogue, labels: Labels) -> dict:
@@ -134,8 +139,18 @@ def fit_predictor(
     mesh: Mesh | None = None,
 ) -> Predictor:
     """Train the metric predictor on the probes; a finished run is read back."""
-    model = DensityMLP(catalogue.num_domains)
     x = np.asarray(catalogue.embeddings[labels.probes])
+    card = predictor_card(catalogue, labels)
+    stage = predictor_stage(x, labels, card=card, batch=batch, seed=options.seed)
+    params = local(fit(stage, workdir, options, mesh=mesh).ema)
+    return Predictor(DensityMLP(catalogue.num_domains), params)
+
+
+def predictor_stage(
+    x: np.ndarray, labels: Labels, *, card: dict | None = None, batch: int = 256, seed: int = 0
+) -> Stage:
+    """The stage that trains a `DensityMLP` on probes x f32[P, D] and what `labels` counts of them."""
+    model = DensityMLP(len(labels.positives))
     positives, trials = (a.T.astype(np.float32) for a in (labels.positives, labels.trials))
 
     def loss(params, _, rows, draw):
@@ -146,19 +161,17 @@ def fit_predictor(
         return Terms(value, jnp.ones_like(value))
 
     def batches(step, _):
-        rows = np.random.default_rng([options.seed, 12, step]).integers(0, len(x), batch)
+        rows = np.random.default_rng([seed, 12, step]).integers(0, len(x), batch)
         return {"x": x[rows], "positives": positives[rows], "trials": trials[rows]}
 
-    stage = Stage(
+    return Stage(
         name="predictor",
-        init=lambda key: model.init(key, jnp.zeros((1, catalogue.width)))["params"],
+        init=lambda key: model.init(key, jnp.zeros((1, x.shape[1])))["params"],
         loss=loss,
         batch=batches,
         rules=((r"", P()),),
-        card=predictor_card(catalogue, labels),
+        card=card or {},
     )
-    params = local(fit(stage, workdir, options, mesh=mesh).ema)
-    return Predictor(model, params)
 
 
 def linear_probes(catalogue: Catalogue, labels: Labels) -> tuple[np.ndarray, np.ndarray]:

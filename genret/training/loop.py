@@ -111,6 +111,34 @@ def make_step(stage: Stage, options: FitOptions, tx: optax.GradientTransformatio
     return step
 
 
+def optimizer_of(options: FitOptions) -> optax.GradientTransformation:
+    """The one optimiser, with the durations and rates of `options`."""
+    return make_optimizer(
+        learning_rate=options.learning_rate, steps=options.steps, warmup=options.warmup,
+        weight_decay=options.weight_decay, clip=options.clip,
+    )  # fmt: skip
+
+
+def begin(options: FitOptions, params: PyTree) -> TrainState:
+    """The state of step 0: parameters, their average (a copy), and a fresh optimiser."""
+    tx = optimizer_of(options)
+    return TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params), tx.init(params))
+
+
+def compiled_step(stage: Stage, options: FitOptions, mesh: Mesh, placed: PyTree, batch: PyTree):
+    """(step, shardings of `stage.frozen`, shardings of the batch): `make_step` jitted on `mesh`, its state
+    donated. placed: shardings of the state. Raises InputError for a batch that does not fit the mesh."""
+    on_batch = meshes.batch_shardings(batch, mesh)
+    on_frozen = meshes.shardings(stage.frozen, mesh, stage.rules, strict=False)
+    step = jax.jit(
+        make_step(stage, options, optimizer_of(options), meshes.gathered(placed.params)),
+        in_shardings=(placed, on_frozen, on_batch),
+        out_shardings=(placed, NamedSharding(mesh, meshes.P())),
+        donate_argnums=0,
+    )
+    return step, on_frozen, on_batch
+
+
 def fit(
     stage: Stage,
     workdir: Path | str,
@@ -130,14 +158,10 @@ def fit(
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     mesh = mesh or meshes.make_mesh()
-    tx = make_optimizer(
-        learning_rate=options.learning_rate, steps=options.steps, warmup=options.warmup,
-        weight_decay=options.weight_decay, clip=options.clip,
-    )  # fmt: skip
 
     # 1. State: shapes, then shardings, then values; parameters are born sharded.
     def init(params: PyTree) -> TrainState:
-        return TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params), tx.init(params))
+        return begin(options, params)
 
     key = jax.random.key(options.seed)
     shapes = jax.eval_shape(lambda: init(stage.init(key)))
@@ -159,22 +183,14 @@ def fit(
     # 2. The step: compiled once for the shapes of the first batch, which is not drawn twice.
     batch = stage.batch(start, state.params)
     rows = jax.tree.leaves(batch)[0].shape[0]
-    on_batch = meshes.batch_shardings(batch, mesh)
     if (rows // options.microbatches) * options.microbatches != rows:
         raise InputError(
             "microbatches",
             f"{options.microbatches} does not divide a batch of {rows}",
             "use a divisor",
         )
-    on_frozen = meshes.shardings(stage.frozen, mesh, stage.rules, strict=False)
+    step_fn, on_frozen, on_batch = compiled_step(stage, options, mesh, placed, batch)
     frozen = meshes.place(stage.frozen, on_frozen)
-    scalar = NamedSharding(mesh, meshes.P())
-    step_fn = jax.jit(
-        make_step(stage, options, tx, meshes.gathered(placed.params)),
-        in_shardings=(placed, on_frozen, on_batch),
-        out_shardings=(placed, scalar),
-        donate_argnums=0,
-    )
     flops = flops_per_step(stage, options, state.params, frozen, batch)
     peak = peak_flops()
 

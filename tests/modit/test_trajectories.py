@@ -91,6 +91,18 @@ def bonet(scaled, draws, bins=8):
     return p / p.sum()
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_percentile_is_numpys_to_the_last_bit(dtype):
+    rng = np.random.default_rng(0)
+    for longest in (1, 2, 11, 92):
+        x = rng.random((77, longest)).astype(dtype)
+        x[np.arange(longest) >= rng.integers(1, longest + 1, 77)[:, None]] = np.nan
+        theirs = np.nanpercentile(x, 10, axis=1, keepdims=True)
+        ours = tr._percentile(x, 10)
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
+
+
 @pytest.mark.parametrize(
     "scaled",
     [
