@@ -257,8 +257,9 @@ def readable(card: dict[str, Any]) -> str:
         [{"": way, "array": n, "type": shape(x)} for way, group in arrays for n, x in group.items()]
     )
     if card["kind"] == "query":
-        lines += ["seeds: unit-norm rows in any order; mask: which rows are there; domain: number of the", ""]
-        lines[-2] += f" attribute, {', '.join(f'{i} {n}' for i, n in enumerate(card['attributes']))}."
+        numbers = ", ".join(f"{i} {n}" for i, n in enumerate(card["attributes"]))
+        said = "seeds: unit-norm rows in any order; mask: which are there; domain: number of the attribute"
+        lines += [f"{said}, {numbers}.", ""]
         lines += [f"The settings that validation chose; those of {card['split']} are the ones exported.", ""]
         lines += table(
             [

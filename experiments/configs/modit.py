@@ -41,7 +41,7 @@ def get_config(argument: str = "") -> ConfigDict:
     steps, rounds, batch, rate = BUDGET[arg.size]
     tiny, evidence = arg.size == "test", arg.size == "evidence"
     large = evidence and arg.data in ("moses", "scaffold")  # few clusterings make cells enough
-    cells = (40, 64) if large else (48, 80, 120) if arg.data == "fashion" else (32, 48, 80)
+    latent_sizes = (40, 64) if large else (48, 80, 120) if arg.data == "fashion" else (32, 48, 80)
     joined = ("seeds", "ablations")  # may grow after the fact: `workdir.same_run` writes them
     given = ",".join(f"{k}={v}" for k, v in vars(arg).items() if v and k not in joined)
 
@@ -67,7 +67,7 @@ def get_config(argument: str = "") -> ConfigDict:
         predictor=fit_options(40 if tiny else 600, 1e-3, weight_decay=0.05),
     )
     c.latent = dict(
-        sizes=cells,  # mean items of a latent cell, one clustering each: up to the size of a pattern
+        sizes=latent_sizes,  # mean items of a latent cell, one clustering each: up to the size of a pattern
         seeds=2 if large else 4,  # clusterings per size
         smallest=24,  # items; smaller cells are not used
         neighbours=20,  # of the walk's kNN graph (GTG: 20 to 50)

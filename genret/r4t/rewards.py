@@ -16,6 +16,7 @@ none at all and scores zero.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
@@ -78,7 +79,7 @@ class CachedEncoder:
         if new:
             self._held |= zip(new, np.asarray(self.encode(new), np.float32), strict=True)
         rows = np.stack([self._held[text] for text in texts])
-        for text in list(self._held)[: max(0, len(self._held) - self.size)]:
+        for text in list(itertools.islice(self._held, max(0, len(self._held) - self.size))):
             del self._held[text]  # the oldest first
         return rows
 

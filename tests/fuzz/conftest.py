@@ -13,7 +13,6 @@ import signal
 import struct
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -214,10 +213,23 @@ def sound(loader):
             read(folder)
 
 
-@pytest.fixture(scope="session")
-def fuzz():
-    """sound, few, many: of a loader. any_damage: the function above."""
-    return SimpleNamespace(
-        sound=sound, few=lambda loader: check(loader, FEW, derandomize=True),
-        many=lambda loader: check(loader, MANY), any_damage=any_damage,
-    )  # fmt: skip
+def few(loader):
+    """The suite's cases."""
+    check(loader, FEW, derandomize=True)
+
+
+def many(loader):
+    """New cases at every run."""
+    check(loader, MANY)
+
+
+def pytest_generate_tests(metafunc):
+    """`survives` is every maker in the module's LOADERS, any_damage -> loader, in each of three ways."""
+    if "survives" in metafunc.fixturenames:
+        metafunc.parametrize("survives", [
+            pytest.param(
+                lambda way=way, make=make: way(make(any_damage)), id=f"{name}-{way.__name__}",
+                marks=[pytest.mark.fuzz] * (way is many),
+            )
+            for name, make in metafunc.module.LOADERS.items() for way in (sound, few, many)
+        ])  # fmt: skip
