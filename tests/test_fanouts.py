@@ -67,6 +67,17 @@ def test_recall_counts_the_union_of_what_all_rows_find():
     np.testing.assert_allclose(found["precision"], [1 / 2, 1, 1 / 2], atol=1e-6)
 
 
+def test_the_warm_start_takes_several_parts_of_a_reference_set():
+    references = [np.arange(4, dtype=np.int32)] * 3
+    run = run_of(references)
+    run.seed, run._warm_rows = 0, lambda: np.array([0])
+    run.config.k, run.config.warm = 2, SimpleNamespace(queries=12)
+    pairs = r4t.FanoutRun._retrieved(run)
+    assert len(pairs) == 12 and {query for query, _ in pairs} == {"a"}
+    assert all(len(set(part)) == 2 and set(part) <= set(run.data.contents) for _, part in pairs)
+    assert len({frozenset(part) for _, part in pairs}) > 2  # not one part twelve times
+
+
 def test_vendi_over_runs_by_both_protocols():
     east, north = np.array([[[1, 0]]], np.float32), np.array([[[0, 1]]], np.float32)
     same = fanouts.over_runs(None, [fanouts.Fanout(east), fanouts.Fanout(east)])

@@ -165,6 +165,14 @@ def test_without_a_prefix_everything_but_the_set_comes_from_the_memory(alone):
     assert not {"domain_embedding", "positions", "read_context", "mean_map"} & params.keys()
 
 
+def test_a_unit_norm_memory_enters_the_blocks_with_coordinate_variance_one(alone):
+    model, _, moved, given = alone
+    _, state = model.apply({"params": moved}, *given, capture_intermediates=True, mutable="intermediates")
+    dense, memory = moved["block_0"]["memory_kv"], given[2].memory
+    found = state["intermediates"]["block_0"]["memory_kv"]["__call__"][0]
+    np.testing.assert_allclose(found, D**0.5 * memory @ dense["kernel"] + dense["bias"], rtol=1e-4, atol=1e-4)
+
+
 def test_the_memorys_linear_mean_is_the_exact_network_of_shifted_gaussian_data(alone):
     """As `mean_map` is of the anchor; the plain block has nothing beside its trunk."""
     model, params, _, (z, _, condition, anchor) = alone
