@@ -52,6 +52,9 @@ RECIPES: dict[str, Recipe] = {
     "sft_retrieval": Recipe("sft", "cpt", retrieval=True),
     "sft_direct": Recipe("sft", "pretrain", "stages", "+SFT"),
     "hppo_dpo": Recipe("hppo", "sft", "stages", "+CPT+SFT+HPPO, preference loss alone"),
+    "hppo_dpo_off": Recipe(
+        "hppo", "sft", "stages", "+CPT+SFT+HPPO, preference loss alone, no Pareto filter", filter="off"
+    ),
     **{
         f"cpt_{order}": Recipe("cpt", "pretrain", "order", f"CPT {line}", order=order)
         for order, line in (
@@ -82,5 +85,6 @@ def asked(tables: tuple[str, ...], retrieval: bool) -> dict[str, Recipe]:
             raise InputError("ablations", f"unknown table {table!r}", f"use {'+'.join(TABLES)}")
     return {
         name: r for name, r in RECIPES.items()
-        if (not r.table or r.table in tables) and (retrieval or name not in ("sft_retrieval", "hppo_dpo"))
+        if (not r.table or r.table in tables)
+        and (retrieval or name not in ("sft_retrieval", "hppo_dpo", "hppo_dpo_off"))
     }  # fmt: skip

@@ -290,6 +290,7 @@ ABLATIONS = {
     "stages": {
         "pretrain": "pretrain", "cpt": "+CPT", "sft": "+CPT+SFT", "hppo": "+CPT+SFT+HPPO",
         "sft_direct": "+SFT", "hppo_dpo": "+CPT+SFT+HPPO, preference loss alone",
+        "hppo_dpo_off": "+CPT+SFT+HPPO, preference loss alone, no Pareto filter",
     },
     "order": {
         "cpt": "CPT ascending", "cpt_shuffled": "CPT shuffled", "cpt_descending": "CPT descending",
@@ -342,7 +343,8 @@ def test_ablations_appear_where_they_are_asked_for(run_of):
 def test_without_the_retrieval_term_no_line_names_it(run_of):
     every, without = by_name(run_of("+".join(TABLES))), by_name(run_of("+".join(TABLES), 0.0))
     assert set(every) - set(without) == {
-        "MO-DiT, retrieval-aware SFT", "stages: +CPT+SFT+HPPO, preference loss alone"
+        "MO-DiT, retrieval-aware SFT", "stages: +CPT+SFT+HPPO, preference loss alone",
+        "stages: +CPT+SFT+HPPO, preference loss alone, no Pareto filter",
     }  # fmt: skip
     assert not set(without) - set(every)
 

@@ -49,7 +49,7 @@ def test_every_recipe_is_one_that_can_be_trained():
 def test_a_table_changes_one_thing_at_a_time():
     """Against the main line's folder of its stage, but for what the table is about."""
     about = {
-        "stages": {"start", "retrieval"}, "order": {"order"}, "pool": {"policy", "filter"},
+        "stages": {"start", "retrieval", "filter"}, "order": {"order"}, "pool": {"policy", "filter"},
         "preconditioning": {"centred", "start"},
     }  # fmt: skip
     for folder, recipe in RECIPES.items():
@@ -65,7 +65,7 @@ def test_a_table_changes_one_thing_at_a_time():
 
 def test_folders_are_trained_where_they_are_asked_for():
     assert list(asked((), True)) == MAIN
-    counts = {"stages": 2, "order": 4, "pool": 5, "preconditioning": 3}
+    counts = {"stages": 3, "order": 4, "pool": 5, "preconditioning": 3}
     for table, count in counts.items():
         found = asked((table,), True)
         assert set(MAIN) <= set(found) and len(found) == len(MAIN) + count
@@ -73,7 +73,7 @@ def test_folders_are_trained_where_they_are_asked_for():
     assert asked(TABLES, True) == asked(TRAINED, True) == RECIPES
     # Without the retrieval-aware term two folders would repeat others.
     assert list(asked((), False)) == MAIN[:-1]
-    assert RECIPES.keys() - asked(TABLES, False).keys() == {"sft_retrieval", "hppo_dpo"}
+    assert RECIPES.keys() - asked(TABLES, False).keys() == {"sft_retrieval", "hppo_dpo", "hppo_dpo_off"}
     with pytest.raises(InputError, match="ablations: unknown table 'orders'. use stages[+]order[+]pool[+]"):
         asked(("stages", "orders"), True)
 
@@ -153,7 +153,8 @@ def test_hppo_is_what_its_recipe_says(made):
         assert refresh.rounds == hppo.Rounds(4, 128, policy, 2, expected)
         assert refresh.folder.parts[-3:] == ("seed_3", folder, "rounds")
         assert (refresh.seeds, refresh.seed, refresh.labeller) == (8, 3, "labeller")
-        assert bool(stage.retrieval) == (folder != "hppo_dpo") and (stage.batch, stage.seed) == (24, 3)
+        assert bool(stage.retrieval) == (not folder.startswith("hppo_dpo"))
+        assert (stage.batch, stage.seed) == (24, 3)
         assert stage.preference == Preference(**preference)
     assert made("hppo", **{"retrieval.weight": 0.0}).retrieval is None
     offline = made("hppo", **{"hppo.policy": "deterministic", "hppo.pairs.filter": "both"}).args[4].rounds
