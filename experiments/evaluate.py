@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from experiments import fanouts, r4t
 from experiments.catalogues import open_catalogue
 from experiments.command import launch
+from experiments.methods import as_trained
 from experiments.modit import Run, open_run
 from experiments.workdir import append_rows, read_rows, same_run, write_text
 from genret.modit.protocol import SPLITS, Contexts, evaluate
@@ -115,9 +116,8 @@ def _key(row: dict[str, Any]) -> tuple:
 
 
 def checkpoint_rows(run: Run, folder: str, step: int, contexts: Contexts) -> list[dict[str, Any]]:
-    """Rows of one checkpoint, one per (split, domain); pretraining is asked as it was trained, without a
-    domain."""
-    queries = run.model(folder, step).queries(contexts, null=folder == "pretrain")
+    """Rows of one checkpoint, one per (split, domain), of the query that its folder was trained for."""
+    queries = as_trained(run, folder, step)(contexts, ())
     scores = run.searcher.judge(run.searcher.rank(queries, contexts), contexts)
     rows = []
     for s, split in enumerate(SPLITS):

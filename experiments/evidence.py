@@ -8,13 +8,12 @@ drawn again, and the p-values of one metric are adjusted for the cells (Holm). I
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from experiments.recipes import MEMORY
+from experiments.recipes import MEMORY, RECIPES, lines, rivals
 from experiments.report_rows import COUNTED, ENCODER, HEADLINE, STAGED, Results
 from genret.retrieval.significance import Paired, holm, paired_test
 
@@ -197,51 +196,25 @@ def verdicts(r: Results) -> list[Verdict]:
     return out
 
 
-UNFILTERED = re.compile(r"\b(no|without)\b.*filter|filter(ed)? off|unfiltered|filter=(off|0|False)", re.I)
-POLICIES = ("deterministic", "on-policy", "hybrid")
-
-
-def _having(methods: Sequence[str], word: str) -> str | None:
-    return next((m for m in methods if re.search(rf"\b{word}\b", m, re.I)), None)
-
-
-def _filters(methods: Sequence[str]) -> list[tuple[str, str]]:
-    """(with the Pareto filter, without it), for each policy that has both."""
-    out: list[Verdict] = []
-    for policy in POLICIES:
-        rows = [m for m in methods if re.search(rf"\b{policy}\b", m, re.I)]
-        off = [m for m in rows if UNFILTERED.search(m)]
-        on = [m for m in rows if m not in off]
-        out += [(on[0], off[0])] if on and off else []
-    return out
-
-
 def natural_rival(table: str, methods: Sequence[str], method: str) -> str | None:
-    """What a row of a side table is held against: the shuffled order, the same pool without its filter,
-    plain preconditioning, else the table's first row; None for that row itself."""
-    rival = methods[0]
-    if table == "order":
-        rival = _having(methods, "shuffled") or rival
-    elif table == "pool":
-        rival = dict(_filters(methods)).get(method, rival)
-    elif table == "preconditioning":
-        rival = _having(methods, "plain") or rival
-    return None if rival == method else rival
+    """What a line of a side table is held against: the one that `recipes.AGAINST` names, else the table's
+    first line; None for that line itself, and where the one named was not evaluated."""
+    named = {f"{table}: {line}": f"{table}: {other}" for line, other in rivals(table).items()}
+    rival = named.get(method, None if named else methods[0])
+    return rival if rival in methods and rival != method else None
 
 
 def questions(table: str, methods: Sequence[str]) -> list[tuple[str, str, str]]:
-    """(one, other, metric) of the differences that a side table is there to show."""
-    if table == "order":
-        ways = [_having(methods, w) for w in ("ascending", "shuffled", "descending")]
-        return [(a, b, "joint") for a, b in zip(ways, ways[1:], strict=False) if a and b]
-    if table == "pool":
-        return [(*pair, metric) for pair in _filters(methods) for metric in ("attribute", "purity")]
-    if table == "stages":  # each against the one before it, or the first where it does not build on that
-        stages = [set(re.findall("[A-Z]{3,}", m)) for m in methods]
-        builds = ["HPPO" in b or a <= b for a, b in zip(stages, stages[1:], strict=False)]
-        earlier = [a if on else methods[0] for a, on in zip(methods, builds, strict=False)]
-        return [(b, a, "joint") for a, b in zip(earlier, methods[1:], strict=True)]
-    return []
+    """(one, other, metric) of the differences that a side table is there to show: of Joint, but of Attribute
+    and Purity where the Pareto filter is all that differs."""
+    if not rivals(table):
+        return []
+    of_filter = {f"{table}: {line}" for folder, line in lines(table).items() if RECIPES[folder].filter}
+    pairs = [(m, rival) for m in methods if (rival := natural_rival(table, methods, m))]
+    return [
+        (*pair, metric) for pair in pairs
+        for metric in (("attribute", "purity") if pair[0] in of_filter else ("joint",))
+    ]  # fmt: skip
 
 
 @functools.lru_cache(maxsize=64)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from experiments.recipes import MEMORY, RECIPES
+from experiments.recipes import MEMORY, RECIPES, lines
 from genret.modit.baselines import STRENGTHS, reach, unit
 from genret.modit.protocol import Cell, Contexts, Method, choose, validation_scores
 from genret.modit.queries import HEUN_CALLS
@@ -139,29 +139,23 @@ def _kinds(run: Run) -> Iterator[Method]:
 
 def _ablations(run: Run) -> Iterator[Method]:
     """One-call queries at reach 1, without anything chosen on validation."""
-    tables = run.config.ablations
-    lines = {  # the main line's own place in each table
-        "stages": {"pretrain": "pretrain", "cpt": "+CPT", "sft": "+CPT+SFT", "hppo": "+CPT+SFT+HPPO"},
-        "order": {"cpt": "CPT ascending"},
-        "pool": {"hppo": "hybrid, Pareto filter on"},
-        "preconditioning": {"pretrain": "centred pretrain", "cpt": "centred +CPT", "sft": "centred +CPT+SFT"},
-    }
     reads = {"pretrain": "nothing", "cpt_true": "all labels"}
-    for table in filter(lines.get, tables):
-        own = {f: r.line for f, r in run.recipes.items() if r.table == table}
-        for folder, name in (lines[table] | own).items():
-            yield Method(
-                f"{table}: {name}", _ordered(run, folder), [(0.0, 1.0)], calls=1, table=table,
-                uses=reads.get(RECIPES[folder].stage if folder != "cpt_true" else folder, "labels"),
-            )  # fmt: skip
+    for table in run.config.ablations:
+        for folder, name in lines(table).items():
+            if folder in run.recipes:
+                yield Method(
+                    f"{table}: {name}", as_trained(run, folder), [(0.0, 1.0)], calls=1, table=table,
+                    uses=reads.get(RECIPES[folder].stage if folder != "cpt_true" else folder, "labels"),
+                )  # fmt: skip
 
 
-def _ordered(run: Run, folder: str) -> Callable:
-    """The one-call query with the seeds in the order that the folder's walks were in."""
+def as_trained(run: Run, folder: str, step: int | None = None) -> Callable:
+    """The one-call query with the seeds in the order that the folder's walks were in, without a domain where
+    it knew none. step: of a checkpoint, None for the last."""
     recipe = RECIPES[folder]
 
     def queries(contexts: Contexts, _: Any):
-        model = run.model(folder)
+        model = run.model(folder, step)
         if recipe.stage == "pretrain":
             return model.queries(contexts, null=True)
         order = {"descending": "descending", "shuffled": "shuffled", "noise": "shuffled"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from genret.diffusion.retriever import Retriever
 from genret.modit import baselines, contrastive, fitting, hppo, protocol, stages
 from genret.modit import density as dn
 from genret.modit.memory import make_memory
-from genret.modit.pairs import PairRule
+from genret.modit.pairs import PAPER, PairRule
 from genret.modit.queries import MoDiT
 from genret.modit.validation import Spread
 from genret.retrieval.index import build_index
@@ -148,7 +149,7 @@ class Run:
         name = "sft" if recipe.stage == "hppo" else recipe.stage
         rng = np.random.default_rng([self.seed, 41])
         # Pretraining knows no attribute, so its anchor is the seed mean alone.
-        directions = self.directions * (name != "pretrain")
+        directions = self.directions * (name != "pretrain" and recipe.steered)
         batch = stages.DRAWS[name](rng, self.fitted.data, 2048, self.length(name))
         rows = np.flatnonzero(batch.weight)
         return edm.fit_space(
@@ -182,14 +183,18 @@ class Run:
 
     @functools.cached_property
     def labeller(self) -> hppo.Labeller:
-        return hppo.make_labeller(self.fitted, self.config.evaluation.k, mesh=self.mesh)
+        name, k = self.config.hppo.index, self.config.evaluation.k
+        # Seeds and items without a label are passed over, so it is tuned for rankings longer than k.
+        index = None if name == "exact" else functools.partial(build_index, name, k=3 * k, mesh=self.mesh)
+        return hppo.make_labeller(self.fitted, k, mesh=self.mesh, index=index)
 
     def _hppo(self, folder: str, recipe: Recipe, term: stages.RetrievalTerm | None) -> Stage:
         h = self.config.hppo
-        pairs, policy = dict(h.pairs), recipe.policy or h.policy
-        pairs |= {"filter": recipe.filter} if recipe.filter else {}
-        pairs |= {"on_policy_share": 0.0} if policy == "deterministic" else {}  # it has no such winner
-        rounds = hppo.Rounds(h.steps, h.contexts, policy, h.samples, PairRule(**pairs))
+        rule, policy = PAPER if recipe.paper else PairRule(**h.pairs), recipe.policy or h.policy
+        share = 0.0 if policy == "deterministic" else rule.on_policy_share  # it has no such winner
+        rule = dataclasses.replace(rule, filter=recipe.filter or rule.filter, on_policy_share=share)
+        feedback = h.feedback and not recipe.paper
+        rounds = hppo.Rounds(h.steps, h.contexts, policy, h.samples, rule, feedback)
         refresh = hppo.Refresh(
             functools.partial(self._bound, self.space(folder)), self.labeller, rounds,
             self.folder / folder / "rounds", self.config.evaluation.seeds, self.seed, self._validated,

@@ -20,8 +20,9 @@ class Recipe:
     that asks for it, '' where every run trains it. line: its name in that table.
 
     order: of CPT's walks (`stages.ORDERS`). retrieval: with the retrieval-aware term. regression: squared
-    error without diffusion. centred: False for plain preconditioning. policy, filter: of HPPO's pairs, ''
-    for the configured ones.
+    error without diffusion. centred: False for plain preconditioning. steered: False for the seed mean alone
+    as anchor. policy, filter: of HPPO's pairs, '' for the configured ones. paper: the pool without feedback
+    candidates and `pairs.PAPER`, whatever is configured.
     """
 
     stage: str
@@ -32,8 +33,10 @@ class Recipe:
     retrieval: bool = False
     regression: bool = False
     centred: bool = True
+    steered: bool = True
     policy: str = ""
     filter: str = ""
+    paper: bool = False
 
 
 def _pool(policy: str, filter_: str) -> Recipe:
@@ -52,8 +55,9 @@ RECIPES: dict[str, Recipe] = {
     "sft_retrieval": Recipe("sft", "cpt", retrieval=True),
     "sft_direct": Recipe("sft", "pretrain", "stages", "+SFT"),
     "hppo_dpo": Recipe("hppo", "sft", "stages", "+CPT+SFT+HPPO, preference loss alone"),
-    "hppo_dpo_off": Recipe(
-        "hppo", "sft", "stages", "+CPT+SFT+HPPO, preference loss alone, no Pareto filter", filter="off"
+    "hppo_paper": Recipe("hppo", "sft", "stages", "+CPT+SFT+HPPO, the paper's recipe", paper=True),
+    "hppo_paper_off": Recipe(
+        "hppo", "sft", "stages", "+CPT+SFT+HPPO, the paper's, no Pareto filter", paper=True, filter="off"
     ),
     **{
         f"cpt_{order}": Recipe("cpt", "pretrain", "order", f"CPT {line}", order=order)
@@ -69,10 +73,48 @@ RECIPES: dict[str, Recipe] = {
     "hppo_deterministic_off": _pool("deterministic", "off"),
     "hppo_on_policy": _pool("on_policy", ""),
     "hppo_on_policy_off": _pool("on_policy", "off"),
+    "cpt_mean": Recipe("cpt", "pretrain", "preconditioning", "centred on the seeds +CPT", steered=False),
+    "sft_mean": Recipe("sft", "cpt_mean", "preconditioning", "centred on the seeds +CPT+SFT", steered=False),
     "pretrain_plain": Recipe("pretrain", None, "preconditioning", "plain pretrain", centred=False),
     "cpt_plain": Recipe("cpt", "pretrain_plain", "preconditioning", "plain +CPT", centred=False),
     "sft_plain": Recipe("sft", "cpt_plain", "preconditioning", "plain +CPT+SFT", centred=False),
 }
+
+# The main line's own place in each table.
+PLACES = {
+    "stages": {"pretrain": "pretrain", "cpt": "+CPT", "sft": "+CPT+SFT", "hppo": "+CPT+SFT+HPPO"},
+    "order": {"cpt": "CPT ascending"},
+    "pool": {"hppo": "hybrid, Pareto filter on"},
+    "preconditioning": {"pretrain": "centred pretrain", "cpt": "centred +CPT", "sft": "centred +CPT+SFT"},
+}
+
+# What a table is there to show: each folder, and the one that it is held against.
+AGAINST = {
+    "stages": {
+        "cpt": "pretrain", "sft": "cpt", "sft_direct": "sft", "hppo": "sft", "hppo_dpo": "sft",
+        "hppo_paper": "sft", "hppo_paper_off": "hppo_paper",
+    },
+    "order": {"cpt": "cpt_shuffled"} | {f"cpt_{o}": "cpt_shuffled" for o in ("descending", "true", "noise")},
+    "pool": {
+        "hppo_hybrid_off": "hppo", "hppo_deterministic": "hppo", "hppo_on_policy": "hppo",
+        "hppo_deterministic_off": "hppo_deterministic", "hppo_on_policy_off": "hppo_on_policy",
+    },
+    "preconditioning": {
+        "cpt": "cpt_mean", "sft": "sft_mean",
+        "pretrain": "pretrain_plain", "cpt_mean": "cpt_plain", "sft_mean": "sft_plain",
+    },
+}  # fmt: skip
+
+
+def lines(table: str) -> dict[str, str]:
+    """Folder -> the name of its line in `table`, in the table's order; {} where it has no trained folders."""
+    return PLACES.get(table, {}) | {f: r.line for f, r in RECIPES.items() if r.table == table}
+
+
+def rivals(table: str) -> dict[str, str]:
+    """Line -> the line that it is held against."""
+    name = lines(table)
+    return {name[folder]: name[other] for folder, other in AGAINST.get(table, {}).items()}
 
 
 def asked(tables: tuple[str, ...], retrieval: bool) -> dict[str, Recipe]:
@@ -85,6 +127,5 @@ def asked(tables: tuple[str, ...], retrieval: bool) -> dict[str, Recipe]:
             raise InputError("ablations", f"unknown table {table!r}", f"use {'+'.join(TABLES)}")
     return {
         name: r for name, r in RECIPES.items()
-        if (not r.table or r.table in tables)
-        and (retrieval or name not in ("sft_retrieval", "hppo_dpo", "hppo_dpo_off"))
+        if (not r.table or r.table in tables) and (retrieval or name not in ("sft_retrieval", "hppo_dpo"))
     }  # fmt: skip

@@ -17,6 +17,7 @@ from experiments import report_plots as plots
 from experiments.evidence import Comparison, baselines, short, short_p, table_verdicts, verdicts
 from experiments.report_rows import AGREEMENT, COUNTED, Results
 from experiments.report_tables import (
+    PREDICTOR_HEAD,
     Side,
     Table,
     again,
@@ -184,11 +185,12 @@ def _table(head: str, rows: Iterable[str], look: str = "") -> str:
 
 def predictor_table(r: Results) -> str:
     """Agreement of the density predictors; '' where there is none."""
+    names = len(PREDICTOR_HEAD) - len(AGREEMENT)
     rows = [
-        f"<tr>{''.join(map(_left, row[:3]))}{''.join(f'<td>{x}</td>' for x in row[3:])}</tr>"
+        f"<tr>{''.join(map(_left, row[:names]))}{''.join(f'<td>{x}</td>' for x in row[names:])}</tr>"
         for row in predictor_rows(r.about.predictors)
     ]
-    return _table(_head(["predictor", "split", "attribute"], AGREEMENT), rows) if rows else ""
+    return _table(_head(PREDICTOR_HEAD[:names], AGREEMENT), rows) + _again(r, "predictor") if rows else ""
 
 
 def render(workdir: Path, r: Results, chart: Figure | None) -> str:
@@ -245,7 +247,7 @@ def render(workdir: Path, r: Results, chart: Figure | None) -> str:
             f"{escape(r.ours)} minus a rival in Joint@{r.k}, with 95 % bootstrap intervals: hits are "
             "averaged over seeds, and whole patterns are drawn again. p is adjusted over the cells (Holm); "
             "bold below .05. Where a rival is picked per cell, it is named.",
-            comparison_table(found, "joint") + folded,
+            comparison_table(found, "joint") + folded + _again(r, "main"),
         )
     shown = {side.name: side for side in sides(r)}
     fronts = [shown[name] for name in ("guidance", "steering") if name in shown and shown[name].x]

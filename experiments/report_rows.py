@@ -28,7 +28,9 @@ ROW |= dict.fromkeys(("seed", "k", "n_items", "lookups", "probes", "calls"), "co
 ROW |= {**dict.fromkeys((*METRICS, "ann_recall"), "number"), "table": "text?", "x": "number?"}
 CHECKPOINT = dict.fromkeys(("folder", "split", "domain"), "text") | {"step": "count", "seed": "count"}
 CHECKPOINT |= dict.fromkeys(COUNTED, "number")
-PREDICTOR = dict.fromkeys(("predictor", "split", "domain"), "text") | dict.fromkeys(AGREEMENT, "number?")
+PREDICTOR = dict.fromkeys(("predictor", "split", "domain"), "text") | dict.fromkeys(
+    (*AGREEMENT, "budget"), "number?"
+)
 
 
 @dataclass(frozen=True)

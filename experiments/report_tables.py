@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -209,13 +210,20 @@ def text_comparison(c: Comparison) -> str:
 
 
 def again(r: Results, table: str) -> list[str]:
-    """The commands that make a table again, each after a '$'; none where the run's is not known."""
+    """The commands that make a table again, for the seeds that it has, each after a '$'; none where the
+    run's is not known."""
     train = r.about.command
     if not train:
         return []
+    beside = {"checkpoints": r.about.checkpoints, "predictor": r.about.predictors}
+    rows = beside.get(table) or [row for row in r.rows if (row.get("table") or "main") == table]
+    seeds = "+".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
+    train = re.sub(r"\bseeds=[0-9+]+", f"seeds={seeds}", train)
     evaluate = train.replace("experiments.run", "experiments.evaluate")
     if table == "main":
         return [f"  $ {train}", f"  $ {evaluate}"]
+    if table == "predictor":
+        return [f"  $ {evaluate}"]
     if table == "checkpoints":
         folders = ",".join(dict.fromkeys(row["folder"] for row in r.about.checkpoints))
         return [f"  $ {evaluate} --checkpoints={folders}"]
@@ -267,23 +275,29 @@ def text_steps(r: Results) -> str:
 
 
 def predictor_rows(rows: Iterable[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """(predictor, split, domain, *AGREEMENT) as text, mean over seeds; "-" where a predictor has none."""
-    groups: dict[tuple[str, str, str], list[list[float]]] = {}
+    """(predictor, probed, split, domain, *AGREEMENT) as text, mean over seeds; "-" where a predictor has no
+    such figure. probed: the share of training items whose label it was fitted on."""
+    groups: dict[tuple, list[list[float]]] = {}
     for row in rows:
-        key = row["predictor"], row["split"].replace("_", " "), row["domain"]
+        key = row["split"].replace("_", " "), row["domain"], row["predictor"], row.get("budget") or 0.0
         groups.setdefault(key, []).append([np.nan if row.get(m) is None else row[m] for m in AGREEMENT])
     return [
-        (*key, *("-" if np.isnan(x) else short(x) for x in np.mean(values, axis=0)))
-        for key, values in sorted(groups.items(), key=lambda item: item[0][1:])
-    ]
+        (predictor, f"{budget:.0%}" if budget else "-", split, domain,
+         *("-" if np.isnan(x) else short(x) for x in np.mean(values, axis=0)))
+        for (split, domain, predictor, budget), values in sorted(groups.items(), key=lambda item: item[0])
+    ]  # fmt: skip
 
 
-def text_predictors(rows: Sequence[tuple[str, ...]]) -> str:
-    """The same for a terminal."""
-    names = ("density predictor", "split", "attribute", *AGREEMENT)
-    said = ["".join(f"{x:<{w}}" for x, w in zip(row, (26, 17, 16, 10, 9, 7, 11), strict=True)).rstrip()
-            for row in (names, *rows)]  # fmt: skip
-    return "\n".join(["within patterns, on test items:", *(f"  {line}" for line in said)])
+PREDICTOR_HEAD = ("density predictor", "probed", "split", "attribute", *AGREEMENT)
+
+
+def text_predictors(r: Results) -> str:
+    """The same for a terminal; '' where no predictor was looked at."""
+    rows = predictor_rows(r.about.predictors)
+    said = ["".join(f"{x:<{w}}" for x, w in zip(row, (26, 8, 17, 16, 10, 9, 7, 11), strict=True)).rstrip()
+            for row in (PREDICTOR_HEAD, *rows)]  # fmt: skip
+    head = "within patterns, on test items, mean over seeds:"
+    return "\n".join([head, *(f"  {line}" for line in said), *again(r, "predictor")]) if rows else ""
 
 
 def protocol_line(r: Results) -> str:
@@ -310,9 +324,11 @@ def text_report(r: Results) -> str:
     if found:
         parts += ["Paired differences, 95 % intervals over patterns, p adjusted over the cells (Holm):"]
         parts += map(text_comparison, found)
+        parts += (
+            ["\n".join(["the rows of these differences:", *again(r, "main")])] if again(r, "main") else []
+        )
     parts += [text_side(r, side) for side in sides(r)]
     parts += [text_steps(r)]
-    predictors = predictor_rows(r.about.predictors)
-    parts += [text_predictors(predictors)] if predictors else []
+    parts += [text_predictors(r)]
     parts += ["\n".join(f"unfinished: {sentence}" for sentence in r.unfinished())]
     return "\n\n".join(filter(None, parts))

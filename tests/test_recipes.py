@@ -9,7 +9,7 @@ import pytest
 
 from experiments import modit as runs
 from experiments.configs import modit
-from experiments.recipes import RECIPES, TABLES, TRAINED, Recipe, asked
+from experiments.recipes import AGAINST, RECIPES, TABLES, TRAINED, Recipe, asked, lines, rivals
 from genret.diffusion.preference import Preference
 from genret.modit import hppo, stages
 from genret.modit.candidates import POLICIES
@@ -49,23 +49,34 @@ def test_every_recipe_is_one_that_can_be_trained():
 def test_a_table_changes_one_thing_at_a_time():
     """Against the main line's folder of its stage, but for what the table is about."""
     about = {
-        "stages": {"start", "retrieval", "filter"}, "order": {"order"}, "pool": {"policy", "filter"},
-        "preconditioning": {"centred", "start"},
+        "stages": {"start", "retrieval", "paper", "filter"}, "order": {"order"}, "pool": {"policy", "filter"},
+        "preconditioning": {"centred", "steered", "start"},
     }  # fmt: skip
     for folder, recipe in RECIPES.items():
         main = dataclasses.asdict(RECIPES[recipe.stage])
         changed = {n for n, v in dataclasses.asdict(recipe).items() if v != main[n]} - {"table", "line"}
         if recipe.table:
             assert changed and changed <= about[recipe.table], folder
-    plain = {f: r for f, r in RECIPES.items() if r.table == "preconditioning"}
+    plain = {f: r for f, r in RECIPES.items() if not r.centred}
     assert [r.start for r in plain.values()] == [None, *list(plain)[:-1]]  # never from a centred one
     pairs = {(r.policy or "hybrid", r.filter or "pair") for r in RECIPES.values() if r.stage == "hppo"}
     assert pairs == set(itertools.product(POLICIES, ("pair", "off")))  # the whole cross
 
 
+def test_what_a_line_is_held_against_is_in_its_table_and_differs_by_what_it_asks():
+    for table, pairs in AGAINST.items():
+        assert {*pairs, *pairs.values()} == lines(table).keys()  # none is forgotten
+        assert list(rivals(table)) == [lines(table)[folder] for folder in pairs]
+    for folder, other in (AGAINST["pool"] | AGAINST["preconditioning"]).items():
+        one, two = dataclasses.asdict(RECIPES[folder]), dataclasses.asdict(RECIPES[other])
+        named = {"table", "line", "start"} | ({"policy"} if folder == "hppo_hybrid_off" else set())
+        assert len({n for n, v in one.items() if v != two[n]} - named) == 1 or not two["centred"], folder
+    assert lines("curves") == rivals("curves") == {}
+
+
 def test_folders_are_trained_where_they_are_asked_for():
     assert list(asked((), True)) == MAIN
-    counts = {"stages": 3, "order": 4, "pool": 5, "preconditioning": 3}
+    counts = {"stages": 4, "order": 4, "pool": 5, "preconditioning": 5}
     for table, count in counts.items():
         found = asked((table,), True)
         assert set(MAIN) <= set(found) and len(found) == len(MAIN) + count
@@ -73,7 +84,7 @@ def test_folders_are_trained_where_they_are_asked_for():
     assert asked(TABLES, True) == asked(TRAINED, True) == RECIPES
     # Without the retrieval-aware term two folders would repeat others.
     assert list(asked((), False)) == MAIN[:-1]
-    assert RECIPES.keys() - asked(TABLES, False).keys() == {"sft_retrieval", "hppo_dpo", "hppo_dpo_off"}
+    assert RECIPES.keys() - asked(TABLES, False).keys() == {"sft_retrieval", "hppo_dpo"}
     with pytest.raises(InputError, match="ablations: unknown table 'orders'. use stages[+]order[+]pool[+]"):
         asked(("stages", "orders"), True)
 
@@ -121,6 +132,27 @@ def made(molecules, tmp_path, monkeypatch):
     return make
 
 
+def test_the_anchor_is_steered_where_the_recipe_says(molecules, tmp_path, monkeypatch):
+    steered = {}
+    monkeypatch.setattr(runs.edm, "fit_space", lambda c, t, directions, **_: directions)
+    monkeypatch.setattr(runs.edm, "plain_space", lambda *_: None)
+    drawn = SimpleNamespace(condition=np.ones((2, 1)), target=np.ones((2, 1)), weight=np.ones(2))
+    monkeypatch.setattr(stages, "DRAWS", dict.fromkeys(stages.DRAWS, lambda *_: drawn))
+    run = runs.open_run(modit.get_config("size=test"), tmp_path, 3, molecules)
+
+    class Steered(Unfitted):
+        directions = np.ones((5, 128))
+        space = runs.Run.space
+
+    run = Steered(run.config, run.catalogue, run.splits, run.folder, 3)
+    for folder in RECIPES:
+        steered[folder] = run.space(folder)
+    plain = {f for f, space in steered.items() if space is None}
+    mean = {f for f, space in steered.items() if space is not None and not space.any()}
+    assert plain == {"pretrain_plain", "cpt_plain", "sft_plain"}
+    assert mean == {"pretrain", "cpt_mean", "sft_mean"}
+
+
 def test_a_stage_is_what_its_recipe_says(made):
     term = stages.RetrievalTerm(1.0, 0.035, 32_768)
     for folder, recipe in RECIPES.items():
@@ -150,10 +182,12 @@ def test_hppo_is_what_its_recipe_says(made):
         policy = recipe.policy or "hybrid"
         share = 0.0 if policy == "deterministic" else 0.7  # it has no winner of the model's own
         expected = dataclasses.replace(rule, filter=recipe.filter or "pair", on_policy_share=share)
-        assert refresh.rounds == hppo.Rounds(4, 128, policy, 2, expected)
+        if recipe.paper:  # whatever is configured
+            expected = PairRule(2, recipe.filter or "pair", 4, 0.5, 0.2, False, np.pi)
+        assert refresh.rounds == hppo.Rounds(4, 128, policy, 2, expected, not recipe.paper)
         assert refresh.folder.parts[-3:] == ("seed_3", folder, "rounds")
         assert (refresh.seeds, refresh.seed, refresh.labeller) == (8, 3, "labeller")
-        assert bool(stage.retrieval) == (not folder.startswith("hppo_dpo"))
+        assert bool(stage.retrieval) == (folder not in ("hppo_dpo", "hppo_paper", "hppo_paper_off"))
         assert (stage.batch, stage.seed) == (24, 3)
         assert stage.preference == Preference(**preference)
     assert made("hppo", **{"retrieval.weight": 0.0}).retrieval is None

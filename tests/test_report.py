@@ -15,7 +15,7 @@ import pytest
 from experiments import report
 from experiments.packed import decode, encode, read_packed, save_packed
 from experiments.report_rows import portable, read_about, read_results, read_run
-from experiments.report_tables import make_table, sides, steps, text_report, text_table
+from experiments.report_tables import again, make_table, predictor_rows, sides, steps, text_report, text_table
 from genret.types import InputError
 
 # Joint of (item logp, item tpsa, pattern logp, pattern tpsa), seeds 0 and 1; K = 4, patterns 5 5 7.
@@ -95,6 +95,32 @@ def test_table_by_hand(workdir):
     assert [np.flatnonzero(column).tolist() for column in table.best.T] == [
         [2], [2], [1, 2], [2], [2], [0], [0, 1, 2], [0], [0, 1, 2]
     ]  # fmt: skip
+
+
+def test_a_predictor_is_averaged_over_seeds_and_never_over_budgets():
+    def row(budget, seed, spearman):
+        agreement = dict(spearman=spearman, kendall=0.5, ndcg=0.9, calibration=None)
+        return dict(predictor="MLP", split="item_holdout", domain="a", seed=seed, budget=budget) | agreement
+
+    rows = [row(0.05, 0, 0.5), row(0.05, 1, 0.6), row(0.2, 0, 0.7), row(0.01, 0, 0.2)]
+    same = "MLP", "item holdout", "a", ".500", ".900", "-"
+    found = predictor_rows(rows)
+    assert [(r[1], r[4]) for r in found] == [("1%", ".200"), ("5%", ".550"), ("20%", ".700")]
+    assert all((r[0], *r[2:4], *r[5:]) == same for r in found)
+
+
+def test_a_tables_command_asks_for_the_seeds_that_it_has(full):
+    config = json.loads((full / "config.json").read_text())
+    config["command"] = (
+        "python -m experiments.run --config=modit.py:seeds=0+1+2,size=demo --workdir=runs/tiny"
+    )
+    (full / "config.json").write_text(json.dumps(config))
+    rows = [json.loads(line) for line in (full / "results.jsonl").read_text().splitlines()]
+    save(full, [row for row in rows if not (row["table"] == "order" and row["seed"] == 0)])
+    r = read_run(full)
+    assert [line.split(":")[1].split(",")[0] for line in again(r, "main")] == ["seeds=0+1"] * 2
+    assert "modit.py:seeds=1,size=demo" in again(r, "order")[0]
+    assert "modit.py:seeds=0+1,size" in again(r, "predictor")[0]
 
 
 def test_text_table_marks_the_best_and_rules_off_references(workdir):
@@ -223,7 +249,12 @@ def full(workdir):
     """The run with three side tables, two of them curves, and two checkpoints of SFT."""
     rows = [row | {"table": "main", "x": None} for row in rows_by_hand()]
     rows += side_rows(
-        "order", {"CPT ascending": [0.75, 0.75], "CPT shuffled": [0.5, 0.5], "CPT noise": [0.25, 0.5]}
+        "order",
+        {
+            "order: CPT ascending": [0.75, 0.75],
+            "order: CPT shuffled": [0.5, 0.5],
+            "order: CPT ascending, noise for density": [0.25, 0.5],
+        },
     )
     x = {"w = 2": 2, "w = 0": 0, "s = .4": 0.4, "s = .8": 0.8}
     rows += side_rows("guidance", {"w = 2": [0.5, 0.75], "w = 0": [0.25, 0.25]}, x, calls=2)
@@ -245,18 +276,27 @@ def full(workdir):
 
 def test_side_tables_by_hand(full):
     order, guidance, steering = sides(read_run(full))
-    assert [line.method for line in order.lines] == ["CPT ascending", "CPT shuffled", "CPT noise"]
+    assert [line.method for line in order.lines] == [
+        "order: CPT ascending",
+        "order: CPT shuffled",
+        "order: CPT ascending, noise for density",
+    ]
     noise = order.lines[2]
     # Seeds .25 and .5: mean .375, sd .1768; hits 1 and 2 of 4, less 2 of 4: -.125 in every context.
     np.testing.assert_allclose(noise.joint, [0.375, 0.375])
     np.testing.assert_allclose(noise.sd, [0.25 / 2**0.5] * 2)
-    assert noise.rival == "CPT shuffled" and noise.gain[:3] == (-0.125, -0.125, -0.125)
+    assert noise.rival == "order: CPT shuffled" and noise.gain[:3] == (-0.125, -0.125, -0.125)
     assert order.lines[1].rival is None and order.lines[0].gain.mean == 0.25
     assert [line.x for line in guidance.lines] == [0, 2] and [line.x for line in steering.lines] == [0.4, 0.8]
     assert guidance.x == "w" and guidance.lines[1].calls == "2" and guidance.lines[1].gain is None
     text = text_report(read_run(full))
-    assert "  CPT noise" in text and ".375±.177 .375±.177   .500 .750    1-2  -.125 [-.125, -.125] to" in text
-    assert "   +.250  Joint@4 of CPT ascending minus CPT shuffled, [+.250, +.250], p <.001" in text
+    assert (
+        "  order: CPT ascending, noise for density" in text
+        and ".375±.177 .375±.177   .500 .750    1-2  -.125 [-.125, -.125] to" in text
+    )
+    assert (
+        "   +.250  Joint@4 of order: CPT ascending minus order: CPT shuffled, [+.250, +.250], p <.001" in text
+    )
     # The main table holds the main rows alone; each table says how to make it again.
     assert "CPT" not in text.split("references:")[0]
     assert "$ python -m experiments.run --config=experiments/configs/modit.py --workdir=runs/tiny\n" in text
@@ -284,7 +324,7 @@ def test_page_shows_every_table_and_curve(full):
     said = " ".join(page.text)
     for words in (
         "The order of the walks in CPT",
-        "to CPT shuffled",
+        "to order: CPT shuffled",
         "--methods='^guidance: '",
         "Guidance w",
     ):
@@ -301,7 +341,7 @@ def test_a_packed_file_gives_the_same_report(full, tmp_path, capsys):
     assert of_run.startswith(capsys.readouterr().out)
     assert f"\n{path}\n" in of_run
     report.main(tmp_path / "page", "", str(path))
-    assert "CPT shuffled" in (tmp_path / "page" / "report.html").read_text()
+    assert "order: CPT shuffled" in (tmp_path / "page" / "report.html").read_text()
     a, b = read_run(full), read_packed(path)
     for name in a.values:
         np.testing.assert_array_equal(a.values[name], b.values[name])
@@ -309,7 +349,8 @@ def test_a_packed_file_gives_the_same_report(full, tmp_path, capsys):
         np.testing.assert_array_equal(hits, a.hits[at])
     # References and curves are held against nothing, so their contexts are not kept; all of ours are.
     assert {at[1] for at in b.hits} == {
-        "seed mean", "linear-probe steering", "MO-DiT", "CPT ascending", "CPT shuffled", "CPT noise"
+        "seed mean", "linear-probe steering", "MO-DiT", "order: CPT ascending", "order: CPT shuffled",
+        "order: CPT ascending, noise for density",
     }  # fmt: skip
     text = path.read_text()
     assert "/home/" not in text and str(tmp_path) not in text
@@ -374,8 +415,8 @@ def test_refuses_what_is_no_packed_file(tmp_path, text):
 def test_rows_of_old_files_are_of_the_main_table(workdir):
     found = read_run(workdir)
     assert found.tables == {"main": found.methods} and found.x("MO-DiT") is None
-    mixed = [*rows_by_hand(), *side_rows("order", {"CPT ascending": [0.75, 0.5]})]
-    assert read_results(save(workdir, mixed)).tables["order"] == ["CPT ascending"]
+    mixed = [*rows_by_hand(), *side_rows("order", {"order: CPT ascending": [0.75, 0.5]})]
+    assert read_results(save(workdir, mixed)).tables["order"] == ["order: CPT ascending"]
     packed = save_packed(read_run(workdir), workdir / "packed.jsonl")
     assert text_report(read_packed(packed)) == text_report(read_run(workdir))
 

@@ -24,6 +24,7 @@ SLERP = (0.25, 0.5, 0.75, 1.25)
 STEPS = (0.2, 0.4, 0.8)  # of the linear probe and of the predictor's gradient
 BEYOND = (0.4, 0.8)  # steering past the tail centroid
 FEEDBACK = (0.1, 0.2, 0.4, -0.1, -0.2)  # of relevance feedback from the model's own query; < 0: the wrong way
+FEEDBACK_NAME = "feedback"
 TEMPER = 0.25  # how far a tempered sample lies from the one-call query towards the sample
 GUIDANCE = (-0.5, 0.5, 1.0)  # of the one-call query
 
@@ -139,19 +140,19 @@ def feedback_steps(query: np.ndarray, direction: np.ndarray) -> tuple[np.ndarray
     """(f32[Q, C, D], names): query f32[Q, D] + s × direction, Rocchio's formula applied to what the model's
     own query retrieves. These stay near the policy, so what they teach is within its reach."""
     steps = np.asarray(FEEDBACK, np.float32)[:, None]
-    return unit(query[:, None] + steps * direction[:, None]), [f"feedback, {s}" for s in FEEDBACK]
+    return unit(query[:, None] + steps * direction[:, None]), [f"{FEEDBACK_NAME}, {s}" for s in FEEDBACK]
 
 
 def make_pool(
     policy: str, model: MoDiT, data: TrainingSet, labels: Labels, normals: np.ndarray, gradient: Callable,
-    feedback: Callable[[np.ndarray, Contexts], np.ndarray], contexts: Contexts, *, samples: int = 8,
+    feedback: Callable[[np.ndarray, Contexts], np.ndarray] | None, contexts: Contexts, *, samples: int = 8,
     seed: int = 0,
 ) -> Pool:  # fmt: skip
     """The pool of `policy`: hybrid, deterministic (the one-call query aside) or on_policy, which is samples
     and the model's own query with relevance feedback.
 
     feedback: (queries f32[Q, D], contexts) -> unit direction f32[Q, D] from what they wrongly retrieve to
-    the positives near them.
+    the positives near them. None leaves these candidates, which are ours, out.
     """
     if policy not in POLICIES:
         raise InputError("policy", f"unknown pool {policy!r}", f"use one of {', '.join(POLICIES)}")
@@ -161,7 +162,8 @@ def make_pool(
     if policy == "deterministic":
         parts.append((query, ["one-call query"], True))
     else:
-        parts.append((*feedback_steps(query[:, 0], feedback(query[:, 0], contexts)), True))
+        if feedback:
+            parts.append((*feedback_steps(query[:, 0], feedback(query[:, 0], contexts)), True))
         parts.append((*on_policy(model, contexts, samples=samples, seed=seed), True))
     queries = np.concatenate([q for q, _, _ in parts], 1)
     names = tuple(n for _, ns, _ in parts for n in ns)

@@ -25,7 +25,7 @@ from genret.diffusion.edm import Space
 from genret.diffusion.preference import PairBatch, Preference, preference_loss
 from genret.diffusion.retriever import Retriever
 from genret.modit.baselines import unit
-from genret.modit.candidates import Pool, draw_contexts, make_pool
+from genret.modit.candidates import FEEDBACK_NAME, Pool, draw_contexts, make_pool
 from genret.modit.fitting import Fitted
 from genret.modit.pairs import PairRule, Pairs, select_pairs
 from genret.modit.protocol import Contexts
@@ -44,13 +44,14 @@ from genret.types import Draw, InputError, PyTree, Terms
 @dataclass(frozen=True)
 class Rounds:
     """steps: optimiser steps of a round. contexts: training contexts of a round. policy, samples: of the pool
-    (`candidates.make_pool`). rule: which pairs are kept."""
+    (`candidates.make_pool`). rule: which pairs are kept. feedback: candidates by relevance feedback, ours."""
 
     steps: int
     contexts: int
     policy: str = "hybrid"
     samples: int = 8
     rule: PairRule = PairRule()
+    feedback: bool = True
 
 
 @dataclass(frozen=True)
@@ -153,22 +154,21 @@ class Refresh:
         contexts = draw_contexts(rng, fitted.data, r.contexts, self.seeds)
         pool = make_pool(
             r.policy, self.model(params), fitted.data, fitted.labels, fitted.normals, fitted.gradient,
-            self.labeller.feedback, contexts, samples=r.samples, seed=int(rng.integers(2**31)),
+            self.labeller.feedback if r.feedback else None, contexts, samples=r.samples,
+            seed=int(rng.integers(2**31)),
         )  # fmt: skip
         generated = time.monotonic()
         counts = self.labeller(pool, contexts)
         scored = time.monotonic()
         pairs = select_pairs(rng, pool, counts, r.rule)
         if not len(pairs):
-            raise InputError(
-                "hppo", f"none of {r.contexts} contexts yields a pair in round {number}",
-                "lower hppo.pairs.margin, relax the filter or raise the label budget",
-            )  # fmt: skip
+            return self._repeat(number, path)
         report = {"round": number} | summary(pool, counts, pairs, self.labeller.scorer.k)
         rate = counts.joint.size / (scored - generated)
         flops = rate * self.labeller.scorer.flops
         report |= {"pool_s": generated - began, "candidates_per_s": rate, "scoring_flop_per_s": flops}
         report["scoring_of_matmul"] = flops / matmul_flops()
+        report["corpus"] = int((self.labeller.place >= 0).sum())
         report["validation"] = self.validate(self.model(params))
         say(report)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -177,6 +177,22 @@ class Refresh:
         arrays = dict(items=items[at], domain=contexts.domain[at])
         arrays |= dict(winner=pool.queries[at, pairs.winner], loser=pool.queries[at, pairs.loser])
         arrays |= dict(report=json.dumps(report), card=self._card)
+        processes.once(f"HPPO round {number}", lambda: _write(path, arrays))
+
+    def _repeat(self, number: int, path: Path) -> None:
+        """The pairs of the round before for a round that found none; raises InputError if there is none."""
+        arrays, contexts = self._read(self.folder / f"pairs_{number - 1}.npz"), self.rounds.contexts
+        if arrays is None:
+            raise InputError(
+                "hppo", f"none of {contexts} contexts yields a pair in round {number}",
+                "lower hppo.pairs.margin, relax the filter or raise the label budget",
+            )  # fmt: skip
+        print(
+            f"hppo round {number}: no pair in {contexts} contexts; those of the round before stay", flush=True
+        )
+        arrays["report"] = json.dumps(
+            {"round": number, "contexts": contexts, "pairs": 0, "empty_pools": contexts}
+        )
         processes.once(f"HPPO round {number}", lambda: _write(path, arrays))
 
 
@@ -196,6 +212,7 @@ def summary(pool: Pool, counts: Counts, pairs: Pairs, k: int) -> dict[str, Any]:
     return {
         "contexts": len(counts.joint), "pairs": len(pairs), "empty_pools": pairs.empty,
         "dropped_for_share": pairs.lost, "on_policy_winners": float(pairs.own.mean()),
+        "feedback_winners": float(np.mean([w.startswith(FEEDBACK_NAME) for w in winners])),
         "pair_gain": dict(zip(("joint", "attribute", "purity"), gain, strict=True)),
         "query": {n: float(c[:, -1].mean() / k) for n, c in counts._asdict().items()},
         "best": float(counts.joint.max(1).mean() / k),
@@ -208,9 +225,11 @@ def say(report: dict[str, Any]) -> None:
     p, q = report["pair_gain"], report["query"]
     print(
         f"hppo round {report['round']}: {report['pairs']} pairs from {report['contexts']} contexts "
-        f"({report['empty_pools']} empty), {report['on_policy_winners']:.0%} on-policy winners, pair gain "
+        f"({report['empty_pools']} empty), {report['on_policy_winners']:.0%} on-policy winners, "
+        f"{report['feedback_winners']:.0%} of all by feedback; pair gain "
         f"J {p['joint']:+.3f} A {p['attribute']:+.3f} P {p['purity']:+.3f}; query J {q['joint']:.3f} of best "
-        f"{report['best']:.3f}; {report['candidates_per_s']:.0f} candidates/s, "
+        f"{report['best']:.3f}; {report['candidates_per_s']:.0f} candidates/s "
+        f"over {report['corpus']} items with a label, "
         f"{report['scoring_of_matmul']:.0%} of a plain matmul's FLOP/s"
         + "".join(f"; validation {n} {v:.4f}" for n, v in report.get("validation", {}).items()),
         flush=True,

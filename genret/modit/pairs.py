@@ -48,6 +48,10 @@ class PairRule:
             raise InputError("pairs", f"near {self.near}, apart {self.apart}", "use radians in 0..3.14")
 
 
+# The paper's: half of the winners its own or near it, and no bound on where either side lies.
+PAPER = PairRule(margin=2, filter="pair", on_policy_share=0.5, near=0.2, improve=False, apart=np.pi)
+
+
 @dataclass(frozen=True)
 class Pairs:
     """context, winner, loser: i32[n], a context and two of its candidates. own: bool[n], the winner is on

@@ -317,6 +317,11 @@ def test_pools_hold_the_policies_asked_for(data, labels, normals, model, context
     # Another seed draws all samples afresh, and moves no query that is not one.
     assert np.abs(other - online.queries)[:, sampled].max(-1).min() > 1e-4
     np.testing.assert_array_equal(other[:, ~sampled], online.queries[:, ~sampled])
+    plain = cd.make_pool("hybrid", model, data, labels, normals, gradient, None, some, seed=3)
+    kept = ~np.isin(hybrid.names, FEEDBACK)
+    assert plain.names == (*DETERMINISTIC, *MODEL)
+    np.testing.assert_array_equal(plain.queries, hybrid.queries[:, kept])
+    np.testing.assert_array_equal(plain.on_policy, hybrid.on_policy[kept])
     few = cd.make_pool("hybrid", model, data, labels, normals, gradient, feedback, some, samples=2, seed=3)
     assert [few.names.count(n) for n in dict.fromkeys(MODEL)] == [2, 1, 1, 2, 1, 1, 1, 1]
     with pytest.raises(InputError, match="unknown pool 'off_policy'. use one of hybrid, deterministic"):
