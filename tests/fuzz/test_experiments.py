@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
-from experiments import arguments, fanout_report
+from experiments import arguments, fanout_report, fanout_rows
 from experiments.configs import modit
 from experiments.configs import r4t as r4t_configs
 from experiments.packed import read_packed, save_packed
@@ -105,7 +105,7 @@ def configured(folder):
 
 
 def fanouts(folder):
-    return fanout_report.text_report(fanout_report.read_fanouts(folder))
+    return fanout_report.text_report(fanout_rows.read_fanouts(folder))
 
 
 def packed(folder):
