@@ -76,8 +76,8 @@ def _timings(r: FanoutResults) -> str:
         return ""
     wide = max(len(row["method"]) for row in r.latency) + 2
     lines = [
-        f"seconds per batch on {r.latency[0]['device']}, from the queries' text to contents: p50 (p95), of it",
-        f"their encoding and the search; times as fast as {FOLM}, and the fan-out alone, not encoded",
+        f"seconds per batch on {r.latency[0]['device']}, from the queries' text to contents: p50 (p95),",
+        f"of it their encoding and the search; times as fast as {FOLM}, and the fan-out alone, not encoded",
         f"  {'batch':<{wide + 5}}{'whole':>20}{'encode':>10}{'search':>10}{'times':>22}{'alone':>22}   calls",
     ]
     for batch in sorted({row["batch"] for row in r.latency}):
