@@ -45,8 +45,8 @@ def _table(r: FanoutResults) -> str:
         lines.append(
             "  * an oracle: chooses among its samples by the references of these queries; no fair rival"
         )
-    drawn = sorted({(row["runs"], row["repeated"]) for row in r.rows if row.get("runs", 0) > 1})
-    for runs, queries in drawn:
+    drawn = {(row.get("runs") or 0, row.get("repeated") or 0) for row in r.rows}
+    for runs, queries in sorted(own for own in drawn if own[0] > 1):
         lines.append(
             f"  V: Vendi over {runs} draws for each of {queries} queries, a share of the most it can be: "
             f"of their mean rows (one set again and again: {1 / runs:.3f}), and of all their rows"

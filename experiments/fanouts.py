@@ -16,7 +16,7 @@ import numpy as np
 from experiments.workdir import append_rows, read_rows
 from genret.r4t import baselines
 from genret.r4t.fanout import network_calls
-from genret.r4t.folm import LanguagePolicy, collect_fanouts, sample_fanouts
+from genret.r4t.folm import LanguagePolicy, sample_fanouts
 from genret.r4t.items import nearest_items
 from genret.r4t.rewards import OAR
 from genret.retrieval import sets as metrics
@@ -99,13 +99,12 @@ def _language(run: FanoutRun) -> Iterator[FanoutMethod]:
         return answer
 
     def best(rows: np.ndarray, seed: int) -> Fanout:
-        e, reward = run.config.evaluation, run.rewards()
-        found = collect_fanouts(
-            run.few_shot, run.base, run.data.queries, rows, jax.random.key(seed), reward,
-            samples=e.best_of, batch=run.config.language.batch,
-        )  # fmt: skip
-        texts = dict(zip(found.rows.tolist(), (queries for _, queries in found.pairs), strict=True))
-        answers = [texts.get(int(row)) for row in rows]
+        n, reward = run.config.evaluation.best_of, run.rewards()
+        texts = written(lambda: run.few_shot, lambda: run.base)(np.repeat(rows, n), seed).texts
+        groups = [texts[i : i + n] for i in range(0, len(texts), n)]
+        scores = reward(rows, groups)
+        chosen = np.where(scores.valid, scores.reward, -np.inf).argmax(1)
+        answers = [group[i] for group, i in zip(groups, chosen, strict=True)]  # None where all are malformed
         return Fanout(reward.embed(answers), answers)
 
     def make(name: str, policy: Callable, variables: Callable) -> FanoutMethod:

@@ -17,7 +17,7 @@ from experiments import fanout_report, fanout_rows, fanouts, r4t
 from experiments.configs import r4t as configs
 from experiments.workdir import read_rows, same_run
 from genret.catalogue.fanout import FanoutData
-from genret.r4t.rewards import COMPONENTS
+from genret.r4t.rewards import COMPONENTS, Rewards
 from genret.retrieval.index import ExactIndex
 from genret.types import InputError
 
@@ -151,6 +151,21 @@ def test_best_of_n_by_the_references_is_an_oracle_and_says_so():
     free, told = best(None), best([np.array([0], np.int32)] * 3)
     assert (free.name, free.reads, free.draws) == ("Best-of-2 few-shot LM", "", True)
     assert (told.name, told.reads, told.draws) == ("Best-of-2 few-shot LM, oracle", "references", True)
+
+
+def test_best_of_n_takes_the_best_and_survives_queries_without_an_answer(monkeypatch):
+    run = small_run()
+    vectors = dict(zip(run.data.contents, run.data.embeddings, strict=True))
+    encode = lambda texts: np.stack([vectors[text] for text in texts])  # noqa: E731
+    run.rewards = lambda: Rewards(run.data, run.index, encode, k=2)
+    run.few_shot = run.base = None
+    # Of the first pair the second is nearer to the query, and two things; of the others one or none is read.
+    said = [["west", "west"], ["east", "north"], None, ["south"], None, None]
+    monkeypatch.setattr(fanouts, "sample_fanouts", lambda policy, base, asked, *_, **__: said[: len(asked)])
+    line = next(m for m in fanouts.all_methods(run) if m.name.startswith("Best-of"))
+    assert line.run(np.arange(3), 0).texts == [["east", "north"], ["south"], None]
+    said[:] = [None] * 6
+    assert not line.run(np.arange(3), 0).vectors.any()
 
 
 def test_latency_is_told_with_the_encoding_and_without_and_a_batch_too_large_is_skipped(
