@@ -152,7 +152,7 @@ def _compared(
     times = f"{found.value:5.2f}  [{found.low:.2f}, {found.high:.2f}]" if b.mean() > 0 else "over nothing:"
     said = f"  {times}  {name} of {one} over {other}; "
     said += f"difference {gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}], p {gap.p:.3f}"
-    return said + ("" if least is None else _target(found.value, least))
+    return said if least is None or b.mean() <= 0 else said + _target(found.value, least)
 
 
 def _target(value: float, least: float) -> str:
