@@ -11,7 +11,7 @@ from experiments.fanouts import DIFFUSION, FOLM, RANDOM, UNGUIDED
 from genret.retrieval.significance import paired_test
 
 BATCH = 8  # queries at once where speeds are compared
-FASTER, KEPT, AT = 12, 0.99, 100  # the full sampler's speed-up; a few-call one's quality and speed-up
+FASTER, QUALITY, AT = 12, 0.99, 100  # the full sampler's speed-up; a few-call one's quality and speed-up
 
 
 class Ratio(NamedTuple):
@@ -103,8 +103,8 @@ def _speeds(r: FanoutResults) -> list[str]:
         said, fast = _compared(r, method, UNGUIDED, r.main), _faster(r, method)
         if said and fast:
             kept = ratio(r.per_query(method, r.main), r.per_query(UNGUIDED, r.main)).value
-            met = "met" if kept >= KEPT and fast[0].value >= AT else "not met"
-            said += f"; {fast[1]} as fast as {where}; at least {KEPT} at {AT}x: {met}"
+            met = "met" if kept >= QUALITY and fast[0].value >= AT else "not met"
+            said += f"; {fast[1]} as fast as {where}; at least {QUALITY} at {AT}x: {met}"
         lines.append(said)
     return list(filter(None, lines))
 
