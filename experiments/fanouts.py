@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ import numpy as np
 from experiments.workdir import append_rows, read_rows
 from genret.r4t import baselines
 from genret.r4t.fanout import network_calls
-from genret.r4t.folm import LanguagePolicy, collect_fanouts, sample_fanouts
+from genret.r4t.folm import LanguagePolicy, sample_fanouts
 from genret.r4t.items import nearest_items
 from genret.r4t.rewards import OAR
 from genret.retrieval import sets as metrics
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from experiments.r4t import FanoutRun
 
 FOLM, DIFFUSION, RANDOM, SINGLE = "R4T-FOLM", "R4T-Diffusion", "random pool", "no fan-out"
+UNGUIDED, ORACLE = f"{DIFFUSION}, no guidance", "few-shot LM, oracle"
+PARTS = ("test", "validation")  # whose queries may be asked
+ENCODED = 64  # tokens of a query that are encoded, as `catalogue.fanout` does
 
 
 @dataclass(frozen=True)
@@ -41,12 +44,19 @@ class Fanout:
 @dataclass(frozen=True)
 class FanoutMethod:
     """One line. run: (query rows i32[Q], seed) -> Fanout. draws: whether another seed gives another set.
-    calls: network evaluations per query; 'tokens' for a language model."""
+    calls: network evaluations per query; 'tokens' for a language model. reads: what it is told of the queries
+    that no rival knows, as an oracle is."""
 
     name: str
     run: Callable[[np.ndarray, int], Fanout]
     draws: bool = False
     calls: int | str = 0
+    reads: str = ""
+
+    @property
+    def embedded(self) -> bool:
+        """Whether it starts from the query's embedding; a language model starts from its text."""
+        return self.calls != "tokens"
 
 
 def all_methods(run: FanoutRun) -> Iterator[FanoutMethod]:
@@ -73,7 +83,7 @@ def all_methods(run: FanoutRun) -> Iterator[FanoutMethod]:
     yield from _language(run)
     yield line("MSE set regressor", lambda: baselines.regressor(run.model("regressor")), calls=1)
     yield _drawn(run, DIFFUSION, "euler_maruyama", e.steps, e.guidance)
-    yield _drawn(run, f"{DIFFUSION}, no guidance", "euler_maruyama", e.steps, 0.0)
+    yield _drawn(run, UNGUIDED, "euler_maruyama", e.steps, 0.0)
     for steps in e.few:
         yield _drawn(run, f"{DIFFUSION}, Heun {steps}", "heun", steps, 0.0)
 
@@ -89,13 +99,12 @@ def _language(run: FanoutRun) -> Iterator[FanoutMethod]:
         return answer
 
     def best(rows: np.ndarray, seed: int) -> Fanout:
-        e, reward = run.config.evaluation, run.rewards()
-        found = collect_fanouts(
-            run.few_shot, run.base, run.data.queries, rows, jax.random.key(seed), reward,
-            samples=e.best_of, batch=run.config.language.batch,
-        )  # fmt: skip
-        texts = dict(zip(found.rows.tolist(), (queries for _, queries in found.pairs), strict=True))
-        answers = [texts.get(int(row)) for row in rows]
+        n, reward = run.config.evaluation.best_of, run.rewards()
+        texts = written(lambda: run.few_shot, lambda: run.base)(np.repeat(rows, n), seed).texts
+        groups = [texts[i : i + n] for i in range(0, len(texts), n)]
+        scores = reward(rows, groups)
+        chosen = np.where(scores.valid, scores.reward, -np.inf).argmax(1)
+        answers = [group[i] for group, i in zip(groups, chosen, strict=True)]  # None where all are malformed
         return Fanout(reward.embed(answers), answers)
 
     def make(name: str, policy: Callable, variables: Callable) -> FanoutMethod:
@@ -103,7 +112,11 @@ def _language(run: FanoutRun) -> Iterator[FanoutMethod]:
 
     yield make("zero-shot LM", lambda: run.zero_shot, lambda: run.base)
     yield make("few-shot LM", lambda: run.few_shot, lambda: run.base)
-    yield FanoutMethod(f"Best-of-{run.config.evaluation.best_of} few-shot LM", best, calls="tokens")
+    # The training reward of weakly supervised data is the recall of what should be found: on queries that are
+    # being evaluated, choosing by it is an oracle.
+    oracle, best_of = run.data.references is not None, f"Best-of-{run.config.evaluation.best_of}"
+    name = f"{best_of} {ORACLE if oracle else 'few-shot LM'}"
+    yield FanoutMethod(name, best, draws=True, calls="tokens", reads="references" if oracle else "")
     lines = {"warm": "warm-started LM", "folm": FOLM}
     if "rewards" in run.config.ablations:
         lines |= {"folm_grounded": f"{FOLM}, groundedness alone", "folm_aligned": f"{FOLM}, no diversity"}
@@ -133,7 +146,8 @@ def score(run: FanoutRun, rows: np.ndarray, fanout: Fanout) -> dict[str, np.ndar
     those contents. alignment: their mean cosine with the query. relevant: alignment × Vendi / k, the
     quality-weighted Vendi score (Nguyen and Dieng, ICML 2024): chance is last in it, as it is not
     in the composite, which has eq. 1's weights on the three and pays .6 for being in the pool at all.
-    valid: 1 where the answer has any row. recall, hit, precision: of `depth` contents per row.
+    valid: 1 where the answer has any row. recall, hit, precision: of `depth` contents per row. soft_coverage:
+    mean over the reference set of the cosine with whichever of those nearest contents is nearest.
     """
     z, x, k = fanout.vectors, run.data.embeddings, fanout.vectors.shape[1]
     real = (z != 0).any(-1)
@@ -155,48 +169,63 @@ def score(run: FanoutRun, rows: np.ndarray, fanout: Fanout) -> dict[str, np.ndar
     }  # fmt: skip
     if run.data.references is not None:
         found = np.where(real[..., None], ids, -1) if fanout.found is None else fanout.found
-        pool = metrics.found(found, [run.data.references[row] for row in rows])
+        wanted = [run.data.references[row] for row in rows]
+        pool = metrics.found(found, wanted)
         made |= {"recall": pool.recall, "hit": pool.hit, "precision": pool.precision}
+        made["soft_coverage"] = np.array(
+            [
+                metrics.soft_coverage(own[is_real], x[set_]) if is_real.any() else 0.0
+                for own, is_real, set_ in zip(contents, real, wanted, strict=True)
+            ]
+        )
     return {name: np.float32(values) for name, values in made.items()}
 
 
-def over_runs(run: FanoutRun, fanouts: list[Fanout]) -> dict[str, float]:
-    """Vendi over several draws, both of the paper's protocols (papers' B.8), means over queries: `runs` of
-    the mean row of each draw, `rows` of all rows of all draws, each over the most it can be."""
+def over_runs(draws: Sequence[np.ndarray]) -> dict[str, float]:
+    """Vendi over draws f32[Q, k, D], both of the paper's protocols (papers' B.8), means over queries: `runs`
+    of the mean row of each draw, `rows` of all rows of all draws, each over the most it can be. A query is
+    left out where fewer than two draws have a row."""
     runs, rows = [], []
-    for q in range(len(fanouts[0].vectors)):
-        drawn = [f.vectors[q][(f.vectors[q] != 0).any(-1)] for f in fanouts]
-        drawn = [rows_ for rows_ in drawn if len(rows_)]
+    for of_query in zip(*draws, strict=True):
+        drawn = [own[(own != 0).any(-1)] for own in of_query]
+        drawn = [own for own in drawn if len(own)]
         if len(drawn) > 1:
             runs.append(metrics.vendi_of_runs(drawn).share)
             rows.append(metrics.vendi_of_subqueries(drawn).share)
     return {"vendi_runs": float(np.mean(runs or [0.0])), "vendi_rows": float(np.mean(rows or [0.0]))}
 
 
-def test_rows(run: FanoutRun) -> np.ndarray:
-    """The test queries that are asked, i32[Q]: the same for every seed."""
-    rows, most = run.data.rows("test"), run.config.evaluation.queries
+def asked_rows(run: FanoutRun) -> np.ndarray:
+    """The queries of `evaluation.part` that are asked, i32[Q]: the same for every seed."""
+    rows, most = run.data.rows(run.config.evaluation.part), run.config.evaluation.queries
     if most and most < len(rows):
         rows = np.sort(np.random.default_rng(93).choice(rows, most, replace=False))
     return rows
 
 
 def evaluate_run(run: FanoutRun, results: Path, wanted: Callable[[str], bool]) -> None:
-    """One row per method of one seed that has none yet."""
-    done = {row["method"] for row in read_rows(results) if row["seed"] == run.seed}
+    """One row per method of one seed that has none yet on this part of the queries."""
+    rows, e = asked_rows(run), run.config.evaluation
+    again = rows[: e.repeated or None]
+    seen = [row for row in read_rows(results) if row["seed"] == run.seed]
+    done = {row["method"] for row in seen if row.get("part", PARTS[0]) == e.part}
     asked = [m for m in all_methods(run) if m.name not in done and wanted(m.name)]
-    rows, e = test_rows(run), run.config.evaluation
     progress = Progress(f"evaluate seed {run.seed}", len(asked))
     for i, method in enumerate(asked):
-        draws = [method.run(rows, 10_000 * run.seed + n) for n in range(e.runs if method.draws else 1)]
-        found = score(run, rows, draws[0])
+        seed = 10_000 * run.seed
+        first = method.run(rows, seed)
+        draws = [first.vectors[: len(again)]]
+        for n in range(1, e.runs):  # who does not draw would answer the same again
+            draws.append(method.run(again, seed + n).vectors if method.draws else draws[0])
+        found = score(run, rows, first)
         row: dict[str, Any] = {"method": method.name, "data": run.data.name, "seed": run.seed}
-        row |= {"queries": len(rows), "k": run.config.k, "calls": method.calls, "index": run.index.name}
+        row |= {"part": e.part, "queries": len(rows), "runs": e.runs, "repeated": len(again)}
+        row |= {"k": run.config.k, "calls": method.calls, "reads": method.reads, "index": run.index.name}
         row |= {"contents": len(run.data.embeddings), "depth": _depth(run)}
         row |= {name: round(float(values.mean()), 6) for name, values in found.items()}
-        row |= over_runs(run, draws) if len(draws) > 1 else {}
+        row |= over_runs(draws) if len(draws) > 1 else {}
         row["per_query"] = {n: np.round(v, 4).tolist() for n, v in found.items()}
-        row["shown"] = _shown(run, rows[: e.show], draws[0]) if method.name != RANDOM else []
+        row["shown"] = _shown(run, rows[: e.show], first) if method.name != RANDOM else []
         append_rows(results, [row])
         progress(i + 1, method.name)
 
@@ -213,9 +242,10 @@ def _shown(run: FanoutRun, rows: np.ndarray, fanout: Fanout) -> list[dict[str, A
 
 
 def time_run(run: FanoutRun, results: Path) -> None:
-    """Latency rows of FOLM and of the diffusion samplers, per batch size: p50 and p95 seconds of a batch, the
-    search of the contents included and split out. A warm-up call of each shape is left out."""
-    e, rows = run.config.evaluation, run.data.rows("test")
+    """Latency rows of FOLM and of the diffusion samplers, per batch size: seconds from the queries' text to
+    contents, and of them the encoding of the queries, for who starts from it, and the search; `alone` is all
+    but the encoding. A batch that does not fit into memory gets a row that says so."""
+    e, rows = run.config.evaluation, run.data.rows(PARTS[0])
     done = {(r["method"], r["batch"]) for r in read_rows(results) if r["seed"] == run.seed}
     timed = re.compile(rf"({FOLM}|{DIFFUSION}(, .*)?)$")
     lines = {m.name: m for m in all_methods(run) if timed.match(m.name)}
@@ -224,17 +254,36 @@ def time_run(run: FanoutRun, results: Path) -> None:
         for method in lines.values():
             if (method.name, batch) in done:
                 continue
-            took, search = [], []
-            for n in range(e.repeats + 1):
-                began = time.monotonic()
-                made = method.run(at, n)
-                drawn = time.monotonic()
-                run.index.search(made.vectors.reshape(-1, made.vectors.shape[-1]), 1)
-                search.append(time.monotonic() - drawn)
-                took.append(time.monotonic() - began)
             row = {"method": method.name, "batch": batch, "seed": run.seed, "calls": method.calls}
-            row |= {"p50": float(np.percentile(took[1:], 50)), "p95": float(np.percentile(took[1:], 95))}
-            row |= {"search_p50": float(np.median(search[1:])), "repeats": e.repeats}
-            row |= {"device": jax.devices()[0].device_kind, "k": run.config.k}
+            row |= {"device": jax.devices()[0].device_kind, "k": run.config.k, "repeats": e.repeats}
+            try:
+                row |= _seconds(run, method, at)
+                said = f"{row['p50']:.3f} s"
+            except (MemoryError, jax.errors.JaxRuntimeError) as error:
+                if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                row["skipped"] = said = "out of memory"
             append_rows(results, [row])
-            print(f"{method.name}, batch {batch}: {row['p50']:.3f} s", flush=True)
+            print(f"{method.name}, batch {batch}: {said}", flush=True)
+
+
+def _seconds(run: FanoutRun, method: FanoutMethod, rows: np.ndarray) -> dict[str, Any]:
+    """The times of a latency row, medians and every repeat's; a warm-up, which compiles, is left out."""
+    texts = [run.data.queries[row] for row in rows]
+    encode, alone, search = [], [], []
+    for n in range(run.config.evaluation.repeats + 1):
+        began = time.monotonic()
+        if method.embedded:
+            run.encoder.encode(texts, max_tokens=ENCODED, batch_size=128)
+        encoded = time.monotonic()
+        made = method.run(rows, n)
+        drawn = time.monotonic()
+        run.index.search(made.vectors.reshape(-1, made.vectors.shape[-1]), 1)
+        ended = time.monotonic()
+        encode.append(encoded - began if method.embedded else 0.0)
+        alone.append(ended - encoded)
+        search.append(ended - drawn)
+    total = np.add(encode, alone)[1:]
+    row = {"p50": float(np.median(total)), "p95": float(np.percentile(total, 95))}
+    row |= {"encode_p50": float(np.median(encode[1:])), "search_p50": float(np.median(search[1:]))}
+    return row | {"seconds": total.tolist(), "alone": alone[1:]}

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from experiments.fanouts import PARTS
 from experiments.workdir import same_run, write_text
 from genret.catalogue import facets, playlists, polyvore, words
 from genret.catalogue.fanout import FanoutData, embed
@@ -307,8 +308,21 @@ class FanoutRun:
         write_text(done, wanted)
 
 
+def check(config: ConfigDict) -> None:
+    """Raises InputError for what no run can do, before anything is opened or computed."""
+    if unknown := [name for name in config.ablations if name != "rewards"]:
+        raise InputError("ablations", f"unknown {unknown[0]!r}", "use rewards, or none")
+    if config.ablations and config.fanout.data != "words":
+        problem = f"rewards compares components of a reward that {config.fanout.data} does not have"
+        raise InputError("ablations", problem, "leave it out, or use data=words")
+    if config.evaluation.part not in PARTS:
+        problem = f"{config.evaluation.part!r} is asked of no method"
+        raise InputError("evaluation.part", problem, f"use {' or '.join(PARTS)}")
+
+
 def open_runs(config: ConfigDict, workdir: Path) -> Iterator[FanoutRun]:
     """The run of every seed; `workdir`/seed_N holds what it writes."""
+    check(config)
     encoder = load_encoder()
     data = open_fanout(config, encoder)
     same_run(config, data.arrays, workdir)

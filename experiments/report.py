@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from experiments import fanout_report, report_page
+from experiments import fanout_report, fanout_rows, report_page
 from experiments.command import launch
 from experiments.packed import read_packed, save_packed
 from experiments.report_rows import read_run
@@ -28,11 +28,11 @@ def main(workdir: Path | None, save: str, results: str) -> None:
     if save and results:
         raise InputError("--save", "packs a run, and --results is one packed already", "give one of them")
     source = Path(results) if results else workdir
-    if fanout_report.is_fanout(source):
-        found = fanout_report.read_fanouts(source)
+    if fanout_rows.is_fanout(source):
+        found = fanout_rows.read_fanouts(source)
         print(fanout_report.text_report(found))
         if save:
-            print(f"\n{fanout_report.save_fanouts(found, Path(save))}")
+            print(f"\n{fanout_rows.save_fanouts(found, Path(save))}")
         if workdir is not None:
             print(f"\n{fanout_report.write(workdir, found)}")
         return

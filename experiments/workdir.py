@@ -22,6 +22,10 @@ from genret.types import InputError
 
 REWRITE = "evaluate again in a new --workdir"
 
+# Leaves of a config's sections that a later command of the same run may give otherwise.
+FREE = {"catalogue": ("folder",), "fanout": ("folder",)}
+FREE |= {"evaluation": ("part", "runs", "repeated", "latency")}
+
 
 def write_text(path: Path, text: str) -> None:
     """The whole text or the old file: written beside `path`, by process 0, and moved into place."""
@@ -97,8 +101,9 @@ def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 def same_run(config: ConfigDict, arrays: Sequence[np.ndarray], workdir: Path) -> None:
     """Note config and data in `workdir`, or raise InputError if it holds a run of others.
 
-    Seeds and ablations may join a run, and where it runs (mesh, folder of the data) may change. Beside the
-    config stand `command`, with all of them, and `environment`, that of the last command that ran.
+    Seeds and ablations may join a run; where it runs (mesh, folder of the data) and what each row tells by
+    itself (FREE) may change. Beside the config stand `command`, with all of them, and `environment`, that of
+    the last command that ran.
     """
     new = json.loads(config.to_json_best_effort())
     new["environment"] = {name: version(name) for name in ("jax", "flax")}
@@ -125,8 +130,8 @@ def same_run(config: ConfigDict, arrays: Sequence[np.ndarray], workdir: Path) ->
 def _what(config: dict[str, Any], name: str) -> Any:
     if name in ("seeds", "mesh", "command", "environment", "ablations"):
         return None
-    value = config.get(name)
-    return {k: v for k, v in value.items() if k != "folder"} if name == "catalogue" else value
+    value, free = config.get(name), FREE.get(name, ())
+    return {k: v for k, v in value.items() if k not in free} if isinstance(value, dict) else value
 
 
 def _digest(arrays: Sequence[np.ndarray]) -> int:

@@ -1,20 +1,23 @@
 """R4T's lines: scores worked out by hand, the report's figures, and a whole small run on the real model."""
 
+import json
 import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
-from experiments import fanout_report, fanouts, r4t
+from experiments import fanout_report, fanout_rows, fanouts, r4t
 from experiments.configs import r4t as configs
-from experiments.workdir import append_rows, read_rows
+from experiments.workdir import read_rows, same_run
 from genret.catalogue.fanout import FanoutData
-from genret.r4t.rewards import COMPONENTS
+from genret.r4t.rewards import COMPONENTS, Rewards
 from genret.retrieval.index import ExactIndex
 from genret.types import InputError
 
@@ -78,56 +81,128 @@ def test_the_warm_start_takes_several_parts_of_a_reference_set():
     assert len({frozenset(part) for _, part in pairs}) > 2  # not one part twelve times
 
 
+def test_soft_coverage_is_of_the_contents_found():
+    references = [np.array(r, np.int32) for r in ([0, 1], [2], [1])]
+    rows = np.array([[[0.8, 0.6], [0.9, 0.1]], [[1, 0], [0, 1]], [[0, 0], [0, 0]]], np.float32)
+    found = fanouts.score(run_of(references), np.arange(3), fanouts.Fanout(rows))
+    # east alone is 1 from east and 0 from north; east and north are -1 and 0 from west; nothing is 0.
+    np.testing.assert_allclose(found["soft_coverage"], [0.5, 0, 0], atol=1e-6)
+
+
 def test_vendi_over_runs_by_both_protocols():
     east, north = np.array([[[1, 0]]], np.float32), np.array([[[0, 1]]], np.float32)
-    same = fanouts.over_runs(None, [fanouts.Fanout(east), fanouts.Fanout(east)])
-    assert same == pytest.approx({"vendi_runs": 0.5, "vendi_rows": 0.5})  # one of two
-    apart = fanouts.over_runs(None, [fanouts.Fanout(east), fanouts.Fanout(north)])
-    assert apart == pytest.approx({"vendi_runs": 1.0, "vendi_rows": 1.0})
+    assert fanouts.over_runs([east, east]) == pytest.approx({"vendi_runs": 0.5, "vendi_rows": 0.5})  # 1 of 2
+    assert fanouts.over_runs([east, north]) == pytest.approx({"vendi_runs": 1.0, "vendi_rows": 1.0})
     # A run without an answer says nothing; with fewer than two there is nothing to compare.
-    assert fanouts.over_runs(None, [fanouts.Fanout(east), fanouts.Fanout(0 * east)])["vendi_runs"] == 0
+    assert fanouts.over_runs([east, 0 * east])["vendi_runs"] == 0
 
 
-def row(method, values, seed=0, name="composite", **more):
-    made = {"method": method, "seed": seed, "data": "plane", "queries": 3, "k": 2, "contents": 4, "calls": 1}
-    made |= {name: float(np.mean(values)), "relevant": float(np.mean(values)), "shown": []}
-    return made | {"per_query": {name: values, "relevant": values}} | more
+def small_run(references=None, **evaluation):
+    """A run of the plane whose settings are those of the smallest size."""
+    run = run_of(references)
+    run.config = configs.get_config("size=test")
+    run.config.evaluation.update(index="exact", depth=1, queries=0, show=1, **evaluation)
+    run.config.k, run.seed, run.index.name = 2, 0, "exact"
+    return run
 
 
-def test_the_report_by_hand(tmp_path):
-    rows = [
-        row("random pool", [0.1, 0.1, 0.1]), row("zero-shot LM", [0.2, 0.3, 0.4]),
-        row("Best-of-5 few-shot LM", [0.4, 0.5, 0.6]), row("R4T-FOLM", [0.4, 0.6, 0.8]),
-        row("k-means of neighbours", [0.05, 0.1, 0.1]),
+def answers(run, calls):
+    """One method that draws and one that does not; `calls` notes which queries each is asked."""
+
+    def method(name, draws):
+        def answer(rows, seed):
+            calls.append((name, rows.tolist()))
+            turn = np.roll(run.data.embeddings[:2], seed if draws else 0, axis=0)
+            return fanouts.Fanout(np.stack([turn[:2]] * len(rows)))
+
+        return fanouts.FanoutMethod(name, answer, draws)
+
+    return lambda _: [method("drawn", True), method("fixed", False)]
+
+
+def test_every_method_has_both_vendis_and_each_part_its_rows(tmp_path, monkeypatch):
+    run, calls = small_run(runs=3, repeated=1), []
+    object.__setattr__(run.data, "split", np.array([2, 1, 2]))
+    monkeypatch.setattr(fanouts, "all_methods", answers(run, calls))
+    path = tmp_path / "results.jsonl"
+    for part in ("test", "test", "validation"):  # the second has nothing to do
+        run.config.evaluation.part = part
+        fanouts.evaluate_run(run, path, lambda _: True)
+    asked = [("drawn", [0, 2]), ("drawn", [0]), ("drawn", [0]), ("fixed", [0, 2])]
+    assert calls == asked + [("drawn", [1])] * 3 + [("fixed", [1])]
+    rows = read_rows(path)
+    assert [(r["method"], r["part"]) for r in rows] == [
+        ("drawn", "test"), ("fixed", "test"), ("drawn", "validation"), ("fixed", "validation")
     ]  # fmt: skip
-    append_rows(tmp_path / "results.jsonl", rows)
-    fast = {"batch": 8, "seed": 0, "calls": 7, "device": "cpu", "k": 2, "search_p50": 0.1, "repeats": 3}
-    slow = fast | {"method": "R4T-FOLM", "p50": 2.0, "p95": 2.5, "calls": "tokens"}
-    append_rows(
-        tmp_path / "latency.jsonl", [slow, fast | {"method": "R4T-Diffusion", "p50": 0.1, "p95": 0.2}]
-    )
-    r = fanout_report.read_fanouts(tmp_path)
-    said = fanout_report.text_report(r)
-    assert " 2.00  [2.00, 2.00]  composite of R4T-FOLM over zero-shot LM; difference +0.300" in said
-    assert " 1.20  [" in said and "over Best-of-5 few-shot LM; difference +0.100" in said
-    assert "not above the random pool in relev: k-means of neighbours" in said
-    assert "0.100 (0.200) 20x" in said and "2.000 (2.500)" in said
-    assert fanout_report.write(tmp_path, r).stat().st_size > 5_000
-    packed = fanout_report.save_fanouts(r, tmp_path / "packed.jsonl")
-    assert fanout_report.text_report(fanout_report.read_fanouts(packed)) == said
-    assert fanout_report.is_fanout(tmp_path) and fanout_report.is_fanout(packed)
-    (tmp_path / "other").mkdir()
-    append_rows(tmp_path / "other" / "results.jsonl", [{"method": "MO-DiT"}])
-    assert not fanout_report.is_fanout(tmp_path / "other")
-    with pytest.raises(InputError, match="holds no results"):
-        fanout_report.read_fanouts(tmp_path / "none")
+    for r in rows:
+        # The mean of east and north three times over is one of three; the rows are two of six.
+        assert (r["vendi_runs"], r["vendi_rows"]) == pytest.approx((1 / 3, 1 / 3))
+        assert (r["runs"], r["repeated"]) == (3, 1)
+    # Rows of runs before there were parts are of test queries.
+    path.write_text("".join(json.dumps({k: v for k, v in r.items() if k != "part"}) + "\n" for r in rows[:2]))
+    run.config.evaluation.part = "test"
+    fanouts.evaluate_run(run, path, lambda _: pytest.fail("asked again"))
 
 
-def test_the_ratio_of_means_and_its_interval():
-    one, other = np.array([0.2, 0.4, 0.6, 0.8]), np.array([0.1, 0.2, 0.3, 0.4])
-    assert fanout_report.ratio(one, other) == pytest.approx((2, 2, 2))
-    found, low, high = fanout_report.ratio(one, np.full(4, 0.5))
-    assert found == pytest.approx(1) and low < 0.8 and high > 1.2
+def test_best_of_n_by_the_references_is_an_oracle_and_says_so():
+    def best(references):
+        return next(m for m in fanouts.all_methods(small_run(references)) if m.name.startswith("Best-of"))
+
+    free, told = best(None), best([np.array([0], np.int32)] * 3)
+    assert (free.name, free.reads, free.draws) == ("Best-of-2 few-shot LM", "", True)
+    assert (told.name, told.reads, told.draws) == ("Best-of-2 few-shot LM, oracle", "references", True)
+
+
+def test_best_of_n_takes_the_best_and_survives_queries_without_an_answer(monkeypatch):
+    run = small_run()
+    vectors = dict(zip(run.data.contents, run.data.embeddings, strict=True))
+    encode = lambda texts: np.stack([vectors[text] for text in texts])  # noqa: E731
+    run.rewards = lambda: Rewards(run.data, run.index, encode, k=2)
+    run.few_shot = run.base = None
+    # Of the first pair the second is nearer to the query, and two things; of the others one or none is read.
+    said = [["west", "west"], ["east", "north"], None, ["south"], None, None]
+    monkeypatch.setattr(fanouts, "sample_fanouts", lambda policy, base, asked, *_, **__: said[: len(asked)])
+    line = next(m for m in fanouts.all_methods(run) if m.name.startswith("Best-of"))
+    assert line.run(np.arange(3), 0).texts == [["east", "north"], ["south"], None]
+    said[:] = [None] * 6
+    assert not line.run(np.arange(3), 0).vectors.any()
+
+
+def test_latency_is_told_with_the_encoding_and_without_and_a_batch_too_large_is_skipped(
+    tmp_path, monkeypatch
+):
+    run = small_run(repeats=3)
+    run.config.evaluation.latency = (2, 4)
+    run.encoder = SimpleNamespace(encode=lambda texts, **_: time.sleep(0.02))
+
+    def method(name, calls):
+        def answer(rows, seed):
+            if len(rows) == 4 and calls == "tokens":
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+            return fanouts.Fanout(np.stack([run.data.embeddings[:2]] * len(rows)))
+
+        return fanouts.FanoutMethod(name, answer, calls=calls)
+
+    lines = [method(fanouts.FOLM, "tokens"), method(fanouts.DIFFUSION, 7), method("random pool", 0)]
+    monkeypatch.setattr(fanouts, "all_methods", lambda _: lines)
+    fanouts.time_run(run, tmp_path / "latency.jsonl")
+    written, drawn, skipped, large = read_rows(tmp_path / "latency.jsonl")
+    # A language model reads the text; who reads the embedding pays for it.
+    assert written["encode_p50"] == 0 and written["seconds"] == written["alone"]
+    assert drawn["encode_p50"] >= 0.02 and drawn["p50"] >= 0.02
+    np.testing.assert_allclose(drawn["p50"], np.median(drawn["seconds"]))
+    assert all(whole - alone >= 0.02 for whole, alone in zip(drawn["seconds"], drawn["alone"], strict=True))
+    assert skipped["skipped"] == "out of memory" and "p50" not in skipped and large["batch"] == 4
+    before = (tmp_path / "latency.jsonl").read_bytes()
+    fanouts.time_run(run, tmp_path / "latency.jsonl")
+    assert (tmp_path / "latency.jsonl").read_bytes() == before
+    lines[0] = fanouts.FanoutMethod(fanouts.FOLM, lambda *_: bad(), calls="tokens")
+
+    def bad():
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        fanouts.time_run(run, tmp_path / "other.jsonl")
 
 
 def test_wrong_arguments_are_named(tmp_path):
@@ -137,6 +212,29 @@ def test_wrong_arguments_are_named(tmp_path):
     config = configs.get_config("size=test,data=playlists")
     with pytest.raises(InputError, match="^raw: nothing given for playlists"):
         r4t.open_fanout(config, None)
+
+
+def test_what_no_run_can_do_is_said_before_anything_is_opened(tmp_path, monkeypatch):
+    monkeypatch.setattr(r4t, "load_encoder", lambda: pytest.fail("opened"))
+    for argument, part, said in (
+        ("data=playlists,ablations=rewards", "test", "^ablations: rewards compares components .* playlists"),
+        ("ablations=reward", "test", "^ablations: unknown 'reward'"),
+        ("data=words", "train", "^evaluation.part: 'train' is asked of no method"),
+    ):
+        config = configs.get_config(f"size=test,{argument}")
+        config.evaluation.part = part
+        with pytest.raises(InputError, match=said):
+            next(r4t.open_runs(config, tmp_path))
+
+
+def test_a_run_may_be_evaluated_on_another_part_but_not_at_another_depth(tmp_path):
+    config = configs.get_config("size=test")
+    same_run(config, [], tmp_path)
+    config.evaluation.part, config.evaluation.latency, config.fanout.folder = "validation", (1,), "elsewhere"
+    same_run(config, [], tmp_path)
+    config.evaluation.depth = 7
+    with pytest.raises(InputError, match="another evaluation"):
+        same_run(config, [], tmp_path)
 
 
 def test_every_leaf_is_read():
@@ -170,6 +268,7 @@ def test_a_whole_run_and_a_second_one_that_does_nothing(tmp_path):
     assert [r["method"] for r in rows] == [m.name for m in fanouts.all_methods(one)]
     for r in rows:
         assert all(np.isfinite(v).all() for v in r["per_query"].values())
+        assert r["runs"] == 2 and r["repeated"] == 2 and {"vendi_runs", "vendi_rows"} <= r.keys()
         assert len(r["shown"]) == 3 * (r["method"] != "random pool") and r["contents"] == 2_000
     by_name = {r["method"]: r for r in rows}
     assert by_name["no fan-out"]["alignment"] == max(
@@ -178,8 +277,8 @@ def test_a_whole_run_and_a_second_one_that_does_nothing(tmp_path):
     assert by_name["random pool"]["groundedness"] == pytest.approx(1, abs=1e-5)
     latency = read_rows(folder / "latency.jsonl")
     assert {(w["method"], w["batch"]) for w in latency} >= {("R4T-FOLM", 8), ("R4T-Diffusion", 1)}
-    said = fanout_report.text_report(fanout_report.read_fanouts(folder))
-    assert "of R4T-FOLM over few-shot LM" in said
+    said = fanout_report.text_report(fanout_rows.read_fanouts(folder))
+    assert "of R4T-FOLM over few-shot LM" in said and "the fan-out alone" in said
     # A second run finds everything done.
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.jsonl")}
     both()

@@ -35,7 +35,7 @@ def get_config(argument: str = "") -> ConfigDict:
     if arg.data not in DATA:
         raise InputError("data", f"unknown data {arg.data!r}", f"use one of {', '.join(DATA)}")
     (warm, rl, diffusion), warmed, (count, group) = BUDGET[arg.size]
-    tiny, paper = arg.size == "test", arg.size == "paper"
+    tiny, paper, quick = arg.size == "test", arg.size == "paper", arg.size in ("test", "demo")
     given = ",".join(f"{k}={v}" for k, v in vars(arg).items() if v and k not in ("seeds", "ablations"))
 
     c = ConfigDict()
@@ -113,16 +113,18 @@ def get_config(argument: str = "") -> ConfigDict:
     c.mesh = dict(data=-1, fsdp=1, tensor=1)  # devices per axis; -1 takes what is left
     c.evaluation = dict(
         index="auto",  # exact, scann, or auto (ScaNN where it is installed)
-        queries=4 if tiny else 64 if arg.size == "demo" else 0,  # of test; 0 = all
+        part="test",  # whose queries are asked, or validation; rows of the two stand side by side
+        queries=4 if tiny else 64 if arg.size == "demo" else 0,  # of the part; 0 = all
         best_of=2 if tiny else 5,  # Best-of-N (papers' B.8: 5)
-        runs={"test": 2, "demo": 1}.get(arg.size, 5),  # draws of a method, for Vendi over runs (B.8)
+        runs=2 if quick else 5,  # draws of a method, for Vendi over runs (B.8)
+        repeated=2 if tiny else 8 if quick else 0,  # the first queries, which are drawn again for it; 0 = all
         steps=4 if tiny else 256,  # of the faithful sampler, Euler-Maruyama
         few=(2, 4) if tiny else (4, 8, 16),  # Heun steps of the few-call lines
         guidance=0.1,  # w of the faithful sampler (B.6)
         pool=100,  # neighbours that re-ranking and clustering choose among
         depth=100,  # contents per direction, weakly supervised (B.8: 500)
         show=3,  # unseen queries printed side by side
-        latency=(1, 8) if tiny else (1, 8, 64),  # batch sizes timed
+        latency=(1, 8) if tiny else (1, 8, 64) if quick else (1, 8, 64, 1024),  # batch sizes timed
         repeats=2 if tiny else 5,  # timings of each
     )
     return c

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
-from experiments import arguments, fanout_report
+from experiments import arguments, fanout_report, fanout_rows
 from experiments.configs import modit
 from experiments.configs import r4t as r4t_configs
 from experiments.packed import read_packed, save_packed
@@ -62,11 +62,13 @@ def set_files():
     values = dict.fromkeys(("composite", "relevant", "groundedness", "diversity", "alignment"), [0.5, 0.25])
     same = {"data": "words", "seed": 0, "queries": 2, "k": 2, "calls": 1, "contents": 9}
     same |= dict.fromkeys(values, 0.4) | {"per_query": values}
+    same |= {"part": "test", "reads": "", "runs": 2, "repeated": 1, "vendi_runs": 0.5}
     shown = [{"query": "rain", "contents": ["tea"], "sub_queries": ["hot tea"]}]
     methods = ("random pool", "R4T-FOLM", "R4T-Diffusion", "zero-shot LM")
     rows = [written(same | {"method": m, "shown": shown * (m != "random pool")}) for m in methods]
     time = {"method": "R4T-FOLM", "batch": 8, "seed": 0, "calls": 1, "p50": 1.0, "p95": 2.0}
-    time |= {"device": "cpu", "k": 2, "repeats": 2, "search_p50": 0.1}
+    time |= {"device": "cpu", "k": 2, "repeats": 2, "search_p50": 0.1, "encode_p50": 0.1}
+    time |= {"seconds": [1.0, 1.1], "alone": [0.9, 1.0]}
     return [{"results.jsonl": b"\n".join(rows) + b"\n", "latency.jsonl": written(time) + b"\n"}]
 
 
@@ -105,7 +107,7 @@ def configured(folder):
 
 
 def fanouts(folder):
-    return fanout_report.text_report(fanout_report.read_fanouts(folder))
+    return fanout_report.text_report(fanout_rows.read_fanouts(folder))
 
 
 def packed(folder):
