@@ -186,26 +186,23 @@ class Run:
 
     def _hppo(self, folder: str, recipe: Recipe, term: stages.RetrievalTerm | None) -> Stage:
         h = self.config.hppo
+        return hppo.make_hppo_stage(
+            folder, self.retriever, self.space(folder), self.model(recipe.start).params,
+            self.refresh(folder), preference=Preference(**h.preference), batch=h.batch, fresh=h.fresh,
+            retrieval=term, seed=self.seed,
+        )  # fmt: skip
+
+    def refresh(self, folder: str) -> hppo.Refresh:
+        """Where the pairs of HPPO's rounds in `folder` come from."""
+        h, recipe = self.config.hppo, RECIPES[folder]
         pairs, policy = dict(h.pairs), recipe.policy or h.policy
         pairs |= {"filter": recipe.filter} if recipe.filter else {}
         pairs |= {"on_policy_share": 0.0} if policy == "deterministic" else {}  # it has no such winner
         rounds = hppo.Rounds(h.steps, h.contexts, policy, h.samples, PairRule(**pairs))
-        refresh = hppo.Refresh(
+        return hppo.Refresh(
             functools.partial(self._bound, self.space(folder)), self.labeller, rounds,
             self.folder / folder / "rounds", self.config.evaluation.seeds, self.seed, self._validated,
         )  # fmt: skip
-        return hppo.make_hppo_stage(
-            folder,
-            self.retriever,
-            self.space(folder),
-            self.model(recipe.start).params,
-            refresh,
-            preference=Preference(**h.preference),
-            batch=h.batch,
-            fresh=h.fresh,
-            retrieval=term,
-            seed=self.seed,
-        )
 
     def _bound(self, space: edm.Space, params: PyTree) -> MoDiT:
         embeddings, density = self.catalogue.embeddings, self.fitted.predicted
