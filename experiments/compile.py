@@ -8,8 +8,8 @@
 
 Lowers and compiles what `fit` would run, the very step of `compiled_step` on the mesh of the config
 (--config.mesh.fsdp=16), for each stage: a batch that does not divide, a sharding that does not fit or a step
-that needs more memory than a device has shows here. Nothing is built, trained or downloaded; what only a
-fitted run knows is taken at its largest.
+that needs more memory than a device has shows here. Nothing is built, trained or downloaded; of what only a
+fitted run knows, cells are as large as they were in others, prompts and answers as long as they may be.
 
 Figures are per device: bytes of arguments (state, frozen arrays and batch), of temporaries and of outputs
 that are no donated argument; FLOPs of one step as its compiler counts them, or the whole step's over the
@@ -102,7 +102,7 @@ def compile_stage(stage: Stage, options: FitOptions, mesh: Mesh) -> dict[str, An
     placed = meshes.shardings(state, mesh, stage.rules)
     batch = stage.batch(0, state.params)
     step, *_ = compiled_step(stage, options, mesh, placed, batch)
-    lowered = step.lower(state, *map(_shapes, (stage.frozen, batch)))
+    lowered = step.lower(*shapes_of((state, stage.frozen, batch)))
     row = {"stage": stage.name, "parameters": sum(x.size for x in jax.tree.leaves(state.params))}
     return row | {"batch": len(jax.tree.leaves(batch)[0])} | costs(lowered, mesh.size)
 
@@ -121,8 +121,9 @@ def costs(lowered: jax.stages.Lowered, devices: int) -> dict[str, Any]:
     }
 
 
-def _shapes(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype)), tree)
+def shapes_of(tree: PyTree) -> PyTree:
+    """ShapeDtypeStructs of a tree of arrays, NumPy's or shapes already."""
+    return jax.eval_shape(lambda t: t, tree)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -81,7 +81,7 @@ def test_fit_compiles_the_very_same(molecules, tmp_path, monkeypatch, shape):
     def recorded(stage, options, mesh, placed, batch):
         step, *rest = compiled(stage, options, mesh, placed, batch)
         state = jax.eval_shape(lambda: loop.begin(options, stage.init(jax.random.key(0))))
-        lowered = step.lower(state, *map(command._shapes, (stage.frozen, batch)))
+        lowered = step.lower(*command.shapes_of((state, stage.frozen, batch)))
         fitted[stage.name] = command.costs(lowered, mesh.size)
         return step, *rest
 

@@ -49,10 +49,11 @@ def test_four_processes_are_one(catalogue, tmp_path):
     config = [
         f"--config=experiments/configs/modit.py:size=test,data={catalogue}",
         "--config.evaluation.index=exact", "--config.hppo.contexts=48",
-        "--config.mesh.data=2", "--config.mesh.fsdp=2",
+        "--config.labels.predictor.steps=10", "--config.mesh.data=2", "--config.mesh.fsdp=2",
     ]  # fmt: skip
-    rows = compared(config, tmp_path / "one", tmp_path / "four", 4, MODIT, "^main: ")
-    assert rows[0] == rows[1] and len(rows[0]) > 50
+    methods = "^main: (seed mean|ridge regressor|contrastive|MO-DiT)"
+    rows = compared(config, tmp_path / "one", tmp_path / "four", 4, MODIT, methods)
+    assert rows[0] == rows[1] and len(rows[0]) > 40
 
 
 def test_four_processes_search_as_one(tmp_path):
@@ -85,19 +86,21 @@ def test_two_processes_run_r4t_as_one(tmp_path):
         "--config=experiments/configs/r4t.py:size=test", f"--config.fanout.folder={tmp_path / 'data'}",
         "--config.evaluation.index=exact", f"--config.language.model={model}",
         "--config.language.lora_rank=0", "--config.language.max_new=48", "--config.fanout.contents=300",
-        "--config.warm.batch=16", "--config.warm.fit.steps=200", "--config.warm.fit.learning_rate=0.01",
-        "--config.mesh.fsdp=2",
+        "--config.warm.batch=16", "--config.warm.fit.steps=120", "--config.warm.fit.learning_rate=0.01",
+        "--config.rl.group=4", "--config.evaluation.latency=(2,)", "--config.mesh.fsdp=2",
     ]  # fmt: skip
-    # One of three answers to any query is what so small a model can learn.
+    # One of three answers to any query, by chance, is what so small a model can learn.
     answers = (["sun", "rain", "wind"], ["bread", "milk", "salt"], ["church", "song"])
     queries = words.themed(size=300, count=150, seed=0).queries
     for run in ("one", "two"):
         (tmp_path / run / "seed_0").mkdir(parents=True)
-        pairs = [(query, answers[i % 3]) for i, query in enumerate(queries[:100])]
+        pairs = [(query, answer) for query in queries[:50] for answer in answers]
         (tmp_path / run / "seed_0" / "warm_pairs.json").write_text(json.dumps(pairs))
-    methods = "^(random pool|MMR|warm-started LM|R4T|MSE)"
+    methods = "^(MMR re-ranking|warm-started LM|R4T-FOLM|MSE set regressor|R4T-Diffusion, Heun 4)$"
     rows = compared(config, tmp_path / "one", tmp_path / "two", 2, R4T, methods)
-    assert rows[0] == rows[1] and len(rows[0]) == 9
+    assert rows[0] == rows[1] and len(rows[0]) == 5
+    log = (tmp_path / "two" / "seed_0" / "folm" / "metrics.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["grad_norm"] > 0 for line in log)  # some answers were better than others
     by_name = {row["method"]: row for row in rows[0]}
     assert by_name["R4T-FOLM"]["valid"] > 0.3 and by_name["R4T-FOLM"]["groundedness"] > 0.1
     sets = [sorted((tmp_path / run / "seed_0" / "synthesis").rglob("*.npy")) for run in ("one", "two")]

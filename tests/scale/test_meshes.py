@@ -15,7 +15,7 @@ from tests.r4t.test_stages import units
 
 pytestmark = pytest.mark.scale
 __all__ = ["base", "sets_of"]  # fixtures
-SHAPES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (2, 1, 4), "all": (2, 2, 2)}
+SHAPES = {"fsdp": (1, 8, 1), "tensor": (2, 1, 4), "all": (2, 2, 2)}  # data alone: in tests/r4t
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -48,8 +48,7 @@ def test_the_policy_is_warmed_up_and_tuned_alike(base, tmp_path, mesh, lora):
     agree(run(ONE, "one"), run(mesh, "eight"))
 
 
-@pytest.mark.parametrize("block", ["adaln", "paper"])
-@pytest.mark.parametrize("regression", [False, True])
+@pytest.mark.parametrize("block, regression", [("paper", False), ("adaln", True)])
 def test_sets_are_trained_alike(sets_of, tmp_path, mesh, block, regression):
     sets, queries = sets_of(units(1, 64, 3, 16), np.arange(64)), units(2, 64, 16)
     model = stages.set_dit("test", embedding=16, rows=3, block=block, positions=regression or None)
