@@ -77,7 +77,9 @@ def devices_of(topology: str) -> Sequence[jax.Device]:
         if kind not in GPUS:
             os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu asks the network who it is
             return topologies.get_topology_desc(topology, "tpu").devices
-        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
+        # Both would try kernels on a GPU to choose among them.
+        alone = " --xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + alone
         hosts = f"1x{count // HOST}x{HOST}" if count % HOST == 0 else f"1x1x{count}"
         return topologies.get_topology_desc("", "cuda", target_config=GPUS[kind], topology=hosts).devices
     except (RuntimeError, NotImplementedError, ValueError) as error:

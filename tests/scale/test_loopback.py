@@ -34,9 +34,10 @@ def compared(config, one, two, count, stages, methods):
     asked = f"--methods={methods}"
     for folder, processes, devices in ((one, 1, count), (two, count, 1)):
         began = time.monotonic()
-        together(["-m", "experiments.run", *config, f"--workdir={folder}"], processes, devices)
+        where = dict(count=processes, devices=devices, patience=3000)
+        together(["-m", "experiments.run", *config, f"--workdir={folder}"], **where)
         trained = time.monotonic()
-        together(["-m", "experiments.evaluate", *config, asked, f"--workdir={folder}"], processes, devices)
+        together(["-m", "experiments.evaluate", *config, asked, f"--workdir={folder}"], **where)
         print(f"{processes} x {devices}: {trained - began:.0f} s, {time.monotonic() - trained:.0f} s")
     differences = apart(one, two, stages)
     print(differences)
@@ -51,9 +52,9 @@ def test_four_processes_are_one(catalogue, tmp_path):
         "--config.evaluation.index=exact", "--config.hppo.contexts=48",
         "--config.labels.predictor.steps=10", "--config.mesh.data=2", "--config.mesh.fsdp=2",
     ]  # fmt: skip
-    methods = "^main: (seed mean|ridge regressor|contrastive|MO-DiT)"
+    methods = "^main: (seed mean|ridge regressor|MO-DiT after (SFT|HPPO)|contrastive encoder.*)$"
     rows = compared(config, tmp_path / "one", tmp_path / "four", 4, MODIT, methods)
-    assert rows[0] == rows[1] and len(rows[0]) > 40
+    assert rows[0] == rows[1] and len(rows[0]) >= 6 * 4
 
 
 def test_four_processes_search_as_one(tmp_path):
