@@ -15,6 +15,8 @@ from genret.training import processes
 from genret.training.log import Progress
 from genret.types import InputError
 
+BUILT = ("moses", "fashion", "streaming")
+
 
 def open_catalogue(config: ConfigDict) -> Catalogue:
     """`config.data` is moses, fashion, streaming or a path to a catalogue in genret's format.
@@ -25,23 +27,29 @@ def open_catalogue(config: ConfigDict) -> Catalogue:
     return processes.first("catalogue", functools.partial(_open, config))
 
 
-def _open(config: ConfigDict) -> Catalogue:
-    data, folder = config.data, Path(config.folder)
-    if data not in ("moses", "fashion", "streaming"):
-        path = Path(data)
-        if not path.exists():
+def catalogue_path(config: ConfigDict) -> Path:
+    """Where the catalogue lies, or will once built. Raises InputError for a path that does not exist."""
+    data = config.data
+    if data not in BUILT:
+        if not Path(data).exists():
             raise InputError("data", f"{data} does not exist", "use moses, fashion, streaming or a path")
-        return load(path, cells=config.cells or None, seed=config.seed)
+        return Path(data)
     name = data
     if data == "moses":
         size = config.num_items or "all"
         name = f"moses_{size}_{config.pattern}{config.cells or ''}_{config.seed}"
-    path = folder / f"{name}.parquet"
+    return Path(config.folder) / f"{name}.parquet"
+
+
+def _open(config: ConfigDict) -> Catalogue:
+    data, path = config.data, catalogue_path(config)
+    if data not in BUILT:
+        return load(path, cells=config.cells or None, seed=config.seed)
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         if data == "moses":
             moses.build(
-                path, items=size, pattern=config.pattern, seed=config.seed,
+                path, items=config.num_items or "all", pattern=config.pattern, seed=config.seed,
                 cells=config.cells or None, progress=_reporter("molecules"),
             )  # fmt: skip
         else:

@@ -190,27 +190,24 @@ class Run:
 
     def _hppo(self, folder: str, recipe: Recipe, term: stages.RetrievalTerm | None) -> Stage:
         h = self.config.hppo
+        return hppo.make_hppo_stage(
+            folder, self.retriever, self.space(folder), self.model(recipe.start).params,
+            self.refresh(folder), preference=Preference(**h.preference), batch=h.batch, fresh=h.fresh,
+            retrieval=term, seed=self.seed,
+        )  # fmt: skip
+
+    def refresh(self, folder: str) -> hppo.Refresh:
+        """Where the pairs of HPPO's rounds in `folder` come from."""
+        h, recipe = self.config.hppo, RECIPES[folder]
         rule, policy = PAPER if recipe.paper else PairRule(**h.pairs), recipe.policy or h.policy
         share = 0.0 if policy == "deterministic" else rule.on_policy_share  # it has no such winner
         rule = dataclasses.replace(rule, filter=recipe.filter or rule.filter, on_policy_share=share)
         feedback = h.feedback and not recipe.paper
         rounds = hppo.Rounds(h.steps, h.contexts, policy, h.samples, rule, feedback)
-        refresh = hppo.Refresh(
+        return hppo.Refresh(
             functools.partial(self._bound, self.space(folder)), self.labeller, rounds,
             self.folder / folder / "rounds", self.config.evaluation.seeds, self.seed, self._validated,
         )  # fmt: skip
-        return hppo.make_hppo_stage(
-            folder,
-            self.retriever,
-            self.space(folder),
-            self.model(recipe.start).params,
-            refresh,
-            preference=Preference(**h.preference),
-            batch=h.batch,
-            fresh=h.fresh,
-            retrieval=term,
-            seed=self.seed,
-        )
 
     def _bound(self, space: edm.Space, params: PyTree) -> MoDiT:
         embeddings, density = self.catalogue.embeddings, self.fitted.predicted

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from experiments.fanouts import PARTS
 from experiments.workdir import same_run, write_text
 from genret.catalogue import facets, playlists, polyvore, words
-from genret.catalogue.fanout import FanoutData, embed
+from genret.catalogue.fanout import FanoutData, FanoutTexts, embed
 from genret.diffusion import edm
 from genret.diffusion.retriever import Retriever
 from genret.language.decoder import Decoder, init_lora
@@ -36,8 +36,9 @@ from genret.r4t.synthesis import SynthesisOptions, SyntheticSets, synthesize
 from genret.retrieval.index import Index, build_index
 from genret.training import processes
 from genret.training.checkpoint import restore_params
-from genret.training.loop import FitOptions, fit
-from genret.training.mesh import make_mesh
+from genret.training.loop import FitOptions, TrainState, fit
+from genret.training.mesh import make_mesh, whole
+from genret.training.stage import Stage
 from genret.types import Array, InputError, PyTree
 
 REWARDS = {  # the collapse study: components rewarded, the others only logged
@@ -53,6 +54,13 @@ def options(section: ConfigDict, seed: int, **changes: Any) -> FitOptions:
 
 def open_fanout(config: ConfigDict, encoder: TextEncoder) -> FanoutData:
     """The data set that a config names, embedded on first use. Raises InputError for a missing `raw`."""
+    encode = functools.partial(encoder.encode, batch_size=128)
+    make = lambda: embed(fanout_texts(config), encode, cache=config.fanout.folder)  # noqa: E731
+    return processes.first("fan-out data", make)
+
+
+def fanout_texts(config: ConfigDict) -> FanoutTexts:
+    """The same before it is embedded."""
     f = config.fanout
     if f.data != "words" and not (f.raw and Path(f.raw).exists()):
         raise InputError("raw", f"{f.raw or 'nothing'} given for {f.data}", "pass raw=PATH")
@@ -62,8 +70,7 @@ def open_fanout(config: ConfigDict, encoder: TextEncoder) -> FanoutData:
         "fashion": lambda: facets.read(f.raw, seed=f.seed),
         "polyvore": lambda: polyvore.read(f.raw),
     }
-    encode = functools.partial(encoder.encode, batch_size=128)
-    return processes.first("fan-out data", lambda: embed(read[f.data](), encode, cache=f.folder))
+    return read[f.data]()
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +94,9 @@ class FanoutRun:
 
     @functools.cached_property
     def language(self) -> LanguageModel:
-        return load_language_model(self.config.language.model)
+        """The pretrained model, on every device of the mesh."""
+        found = load_language_model(self.config.language.model)
+        return dataclasses.replace(found, params=whole(found.params, self.mesh))
 
     @functools.cache  # noqa: B019 - it checks the norms of all contents, and answers are timed
     def rewards(self, components: tuple[str, ...] = ()) -> Rewards:
@@ -144,12 +153,14 @@ class FanoutRun:
 
     def trained(self, folder: str) -> PyTree:
         """Variables of the policy trained in `folder`; raises InputError where there is none."""
-        section = self.config.warm if folder == "warm" else self.config.rl
         shapes = jax.eval_shape(lambda: self.start)
         params = restore_params(
-            self.folder / folder / "checkpoints", shapes, card=self.policy.card, step=section.fit.steps
+            self.folder / folder / "checkpoints",
+            shapes,
+            card=self.policy.card,
+            step=self.options(folder).steps,
         )
-        return self.policy.variables(jax.device_put(params), self.language.params)
+        return self.policy.variables(whole(params, self.mesh), self.language.params)
 
     @property
     def base(self) -> PyTree:
@@ -203,32 +214,43 @@ class FanoutRun:
             raise InputError("language.max_new", f"no answer fits into {limit} tokens", "raise it")
         return fits
 
+    def warm_stage(self) -> Stage:
+        """The warm start, ready to fit from `start`."""
+        return policies.make_warm_start_stage(
+            "warm", self.policy, self.language.params, self._pairs(), batch=self.config.warm.batch,
+            seed=self.seed,
+        )  # fmt: skip
+
+    def policy_stage(self, folder: str, warm: PyTree) -> Stage:
+        """Soft-GRPO under the rewards of `folder`, ready to fit from the warm start's parameters."""
+        c = self.config
+        grpo = SoftGRPO(c.rl.clip, c.rl.new_old, c.rl.old_new, c.rl.reference)
+        return policies.make_policy_stage(
+            folder, self.policy, self.language.params, self.data.queries, self.data.rows("train"),
+            self.rewards(REWARDS.get(folder, ())), count=c.rl.count, group=c.rl.group, reuse=c.rl.reuse,
+            options=grpo, reference=warm if c.rl.reference else None, seed=self.seed,
+            workdir=self.folder / folder,
+        )  # fmt: skip
+
+    @property
+    def tuned(self) -> list[str]:
+        """The folders of Soft-GRPO: the main one, and those of the collapse study."""
+        return ["folm", *(REWARDS if "rewards" in self.config.ablations else ())]
+
     def train_policy(self) -> None:
         """The warm start, then Soft-GRPO from it, then the rewards of the collapse study."""
+        warm = self._fit("warm", self.warm_stage(), self.start).params
+        for folder in self.tuned:
+            self._fit(folder, self.policy_stage(folder, warm), warm)
+
+    def _fit(self, folder: str, stage: Stage, init_from: PyTree | None = None) -> TrainState:
+        return fit(stage, self.folder / folder, self.options(folder), mesh=self.mesh, init_from=init_from)
+
+    def options(self, folder: str) -> FitOptions:
+        """How long and how fast `folder` is trained."""
         c = self.config
-        stage = policies.make_warm_start_stage(
-            "warm", self.policy, self.language.params, self._pairs(), batch=c.warm.batch, seed=self.seed
-        )
-        begun = self.start
-        state = fit(
-            stage, self.folder / "warm", options(c.warm.fit, self.seed), mesh=self.mesh, init_from=begun
-        )
-        folders = {"folm": ()} | (REWARDS if "rewards" in c.ablations else {})
-        for folder, components in folders.items():
-            grpo = SoftGRPO(c.rl.clip, c.rl.new_old, c.rl.old_new, c.rl.reference)
-            stage = policies.make_policy_stage(
-                folder, self.policy, self.language.params, self.data.queries, self.data.rows("train"),
-                self.rewards(components), count=c.rl.count, group=c.rl.group, reuse=c.rl.reuse, options=grpo,
-                reference=state.params if c.rl.reference else None, seed=self.seed,
-                workdir=self.folder / folder,
-            )  # fmt: skip
-            fit(
-                stage,
-                self.folder / folder,
-                options(c.rl.fit, self.seed),
-                mesh=self.mesh,
-                init_from=state.params,
-            )
+        found = {"warm": c.warm.fit, "diffusion": c.diffusion.fit, "regressor": c.regressor}
+        return options(found.get(folder, c.rl.fit), self.seed)
 
     @functools.cached_property
     def sets(self) -> SyntheticSets:
@@ -271,27 +293,29 @@ class FanoutRun:
         d, queries = self.config.diffusion, self.data.query_embeddings
         return stages.fit_space(self.sets, queries, centred=d.centred, dims=d.dims, seed=self.seed)
 
+    def set_stage(self, folder: str) -> Stage:
+        """The diffusion retriever or the regressor, on the same synthetic sets."""
+        c, regression = self.config, folder == "regressor"
+        return stages.make_stage(
+            folder, self.retriever(regression), self.space, self.sets, self.data.query_embeddings,
+            batch=c.diffusion.batch, rows=self.rows, keep_top=c.synthesis.keep_top, regression=regression,
+            seed=self.seed,
+        )  # fmt: skip
+
     def train_sets(self) -> None:
-        """The diffusion retriever and the regressor, on the same synthetic sets."""
-        c = self.config
-        for folder, section in (("diffusion", c.diffusion.fit), ("regressor", c.regressor)):
-            regression = folder == "regressor"
-            stage = stages.make_stage(
-                folder, self.retriever(regression), self.space, self.sets, self.data.query_embeddings,
-                batch=c.diffusion.batch, rows=self.rows, keep_top=c.synthesis.keep_top, regression=regression,
-                seed=self.seed,
-            )  # fmt: skip
-            fit(stage, self.folder / folder, options(section, self.seed), mesh=self.mesh)
+        """The diffusion retriever, then the regressor."""
+        for folder in ("diffusion", "regressor"):
+            self._fit(folder, self.set_stage(folder))
 
     @functools.cache  # noqa: B019 - a run lives as long as its process
     def model(self, folder: str) -> SetRetriever:
         """The set model of `folder`: diffusion or regressor."""
         regression = folder == "regressor"
         retriever = self.retriever(regression)
-        section = self.config.regressor if regression else self.config.diffusion.fit
         params = restore_params(
             self.folder / folder / "checkpoints", jax.eval_shape(retriever.init, jax.random.key(0)),
-            card=stages.model_card(retriever.model, self.space, self.rows), step=section.steps,
+            card=stages.model_card(retriever.model, self.space, self.rows),
+            step=self.options(folder).steps,
         )  # fmt: skip
         return SetRetriever(retriever, jax.device_put(params), self.space, self.rows)
 

@@ -13,10 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from experiments import benchmark, peers
-from experiments import benchmark_flops as fl
-from experiments.benchmark_measure import Machine, Work, measure, sampled, table, xla_flops
-from experiments.benchmark_world import SCALES, World, read_vectors
+from experiments.benchmark import __main__ as benchmark
+from experiments.benchmark import flops as fl
+from experiments.benchmark import peers
+from experiments.benchmark.measure import Machine, Work, measure, sampled, table, xla_flops
+from experiments.benchmark.world import SCALES, World, read_vectors
 from genret.diffusion.dit import make_dit
 from genret.language.decoder import Decoder
 from genret.r4t import stages as sets
@@ -110,7 +111,7 @@ def test_a_dit_costs_what_xla_counts(kind):
 
 
 def test_a_decoder_costs_what_xla_counts():
-    from experiments.benchmark_language import SMOLLM2
+    from experiments.benchmark.language import SMOLLM2
 
     decoder, tokens = Decoder(SMOLLM2), jax.ShapeDtypeStruct((2, 16), jnp.int32)
     mask = jax.ShapeDtypeStruct((2, 16), bool)
@@ -192,7 +193,7 @@ def world():
 
 @pytest.mark.peer
 def test_torch_computes_our_network_and_our_sampler(world, optimized):
-    from experiments.peers_torch import TorchTrainer
+    from experiments.benchmark.peers_torch import TorchTrainer
 
     batch = world.examples("sft", 16)
     trainer = TorchTrainer(world, batch, peers.OPTIONS)
@@ -208,7 +209,7 @@ def test_torch_takes_our_optimiser_steps(world, optimized):
 
 @pytest.mark.peer
 def test_a_peer_with_other_weights_is_not_timed(world, optimized, monkeypatch):
-    from experiments import peers_torch
+    from experiments.benchmark import peers_torch
 
     port = peers_torch.torch_dit
 

@@ -57,7 +57,7 @@ def generate(
     _check_rows(decoder, tokens, mask, prefix)
     if key.shape != tokens.shape[:1] or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         raise InputError("key", f"{key.dtype}{list(key.shape)} for {len(tokens)} rows", "pass split(key, B)")
-    if not isinstance(mask, jax.core.Tracer) and not np.asarray(mask[:, -1]).all():
+    if _is_here(mask) and not np.asarray(mask[:, -1]).all():
         raise InputError("mask", "a row ends in padding", "pad on the left, and give each row a token")
     sampler = (float(temperature), float(top_p))
     return _generate(decoder, variables, tokens, mask, key, prefix, max_new, sampler, tuple(stop))
@@ -216,9 +216,14 @@ def _check_rows(decoder: Decoder, tokens: Array, mask: Array, prefix: Array | No
         raise InputError("prefix", f"shape {list(prefix.shape)}", "pass i32[F], or None for no prefix")
     size = decoder.config.vocab_size
     for name, ids in (("tokens", tokens), ("prefix", prefix)):
-        if ids is None or isinstance(ids, jax.core.Tracer):
+        if ids is None or not _is_here(ids):
             continue
         ids = np.asarray(ids)
         if not 0 <= ids.min() <= ids.max() < size:
             problem = f"{ids.min()}..{ids.max()} is outside 0..{size - 1}"
             raise InputError(name, problem, "use this model's tokenizer")
+
+
+def _is_here(x: Array) -> bool:
+    """Whether its values can be looked at: it is not being traced, nor spread over other processes."""
+    return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)

@@ -63,14 +63,16 @@ def draw_contexts(
     Raises InputError when a domain of a split has no context.
     """
     found = []
+    by_pattern = np.argsort(catalogue.patterns, kind="stable")  # one pass over N, not one for each pattern
+    ends = np.searchsorted(catalogue.patterns, np.arange(catalogue.num_patterns + 1), sorter=by_pattern)
     for s, split in enumerate(SPLITS):
         holdout = splits.holdout(split, stage)
         rng = np.random.default_rng([seed, s, ("validation", "test").index(stage)])
-        rows_of = {int(p): np.flatnonzero(catalogue.patterns == p) for p in holdout.patterns}
+        rows_of = [(int(p), by_pattern[ends[p] : ends[p + 1]]) for p in holdout.patterns]
         for m, name in enumerate(catalogue.attribute_names):
             before, asked = len(found), 0
             order = rng.permutation(len(rows_of)) if patterns else range(len(rows_of))
-            for p, rows in (list(rows_of.items())[i] for i in order):
+            for p, rows in (rows_of[i] for i in order):
                 if patterns and asked == patterns:
                     break
                 label = catalogue.labels[m, rows]

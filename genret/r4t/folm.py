@@ -14,8 +14,8 @@ from genret.language.decoder import Decoder, init_lora
 from genret.language.generation import generate, token_log_probs
 from genret.r4t.prompts import K, Prompt
 from genret.r4t.rewards import Answer, Scores
+from genret.training import mesh as meshes
 from genret.training import processes
-from genret.training.mesh import local
 from genret.types import Array, InputError, PyTree
 
 # Prompts and answers are padded to multiples of these, so that few shapes compile.
@@ -112,12 +112,18 @@ class LanguagePolicy:
     def sample(
         self, variables: PyTree, tokens: np.ndarray, mask: np.ndarray, keys: Array
     ) -> tuple[Text, np.ndarray, list[Answer]]:
-        """Answers to prompts i32[B, P], one key each -> (text, ln π f32[B, L], what was read of them)."""
+        """Answers to prompts i32[B, P], one key each -> (text, ln π f32[B, L], what was read of them).
+
+        Where the variables are on a mesh, so are the rows, each on its share of the devices: B must divide.
+        """
+        asked, mesh = (tokens, mask, keys), meshes.mesh_of(variables)
+        if mesh is not None:
+            asked = meshes.place(asked, meshes.batch_shardings(asked, mesh))
         made = generate(
-            self.decoder, variables, tokens, mask, keys, max_new=self.max_new, temperature=self.temperature,
+            self.decoder, variables, *asked, max_new=self.max_new, temperature=self.temperature,
             top_p=self.top_p, stop=self.stop, prefix=self.prefix,
         )  # fmt: skip
-        read = local((made.tokens, made.mask, made.log_probs))
+        read = meshes.local((made.tokens, made.mask, made.log_probs))
         written, own, log_probs = (np.asarray(x) for x in read)
         used = min(self.max_new, ANSWER_STEP * -(-int(own.sum(1).max()) // ANSWER_STEP))
         written, own, log_probs = written[:, :used], own[:, :used], log_probs[:, :used]
@@ -150,14 +156,19 @@ def _side_by_side(tokens: np.ndarray, mask: np.ndarray, written: np.ndarray, own
 def sample_fanouts(
     policy: LanguagePolicy, variables: PyTree, queries: Sequence[str], key: Array, *, batch: int = 64
 ) -> list[Answer]:
-    """One answer to each query (ask again for several), `batch` at a time. A row's draws come from its own of
-    the keys split(key, n). Raises InputError if there is no query, or a batch of none."""
+    """One answer to each query (ask again for several), `batch` at a time, rounded up to what the devices
+    that hold the variables can share. A row's draws come from its own of the keys split(key, n).
+
+    Raises InputError if there is no query, or a batch of none.
+    """
     if not len(queries) or batch < 1:
         problem = f"{len(queries)} queries, {batch} at a time"
         raise InputError("queries", problem, "ask for one or more")
     tokens, mask = policy.asked(queries)
     keys = jax.random.split(key, len(tokens))
-    batch = min(batch, len(tokens))
+    mesh = meshes.mesh_of(variables)
+    parts = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    batch = parts * -(-min(batch, len(tokens)) // parts)
     answers: list[Answer] = []
     for start in range(0, len(tokens), batch):
         at = np.minimum(np.arange(start, start + batch), len(tokens) - 1)  # the last batch is filled up

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from genret.language.decoder import SHARDING_RULES
 from genret.r4t.folm import LanguagePolicy, RewardFunction
@@ -178,12 +177,11 @@ class Rollouts:
         at = rng.choice(len(self.rows), self.count, replace=False)
         size = self.count * self.group
         keys = jax.random.split(jax.random.key(int(rng.integers(2**31))), size)
-        self.base = _beside(self.base, params)
-        variables = self.policy.variables(_beside(params, params), self.base)
-        asked = _spread(
-            (np.repeat(self.tokens[at], self.group, 0), np.repeat(self.mask[at], self.group, 0), keys), params
-        )
-        text, old, answers = self.policy.sample(variables, *asked)
+        if (mesh := meshes.mesh_of(params)) is not None:  # every device samples its share of the answers
+            self.base, params = meshes.whole(self.base, mesh), meshes.whole(params, mesh)
+        variables = self.policy.variables(params, self.base)
+        asked = (np.repeat(x[at], self.group, 0) for x in (self.tokens, self.mask))
+        text, old, answers = self.policy.sample(variables, *asked, keys)
         sampled = time.monotonic()
         groups = [answers[i : i + self.group] for i in range(0, size, self.group)]
         scores = self.reward(self.rows[at], groups)
@@ -258,20 +256,3 @@ def say(row: dict[str, Any]) -> None:
 
 def _frozen(policy: LanguagePolicy, base: PyTree) -> dict[str, PyTree]:
     return {"base": base} if policy.decoder.lora_rank else {}
-
-
-def _mesh(params: PyTree) -> Mesh | None:
-    """The mesh that holds the parameters, if they are on one."""
-    return getattr(getattr(jax.tree.leaves(params)[0], "sharding", None), "mesh", None)
-
-
-def _beside(tree: PyTree, params: PyTree) -> PyTree:
-    """`tree` whole on every device of the parameters' mesh, as generation reads it."""
-    mesh = _mesh(params)
-    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
-
-
-def _spread(rows: PyTree, params: PyTree) -> PyTree:
-    """Rows of prompts shared out over the parameters' mesh."""
-    mesh = _mesh(params)
-    return rows if mesh is None else jax.device_put(rows, meshes.batch_shardings(rows, mesh))

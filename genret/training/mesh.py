@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -75,15 +76,28 @@ def gathered(tree: PyTree) -> PyTree:
 
 
 def place(tree: PyTree, target: PyTree) -> PyTree:
-    """Host arrays onto the mesh; every process passes the same global arrays and copies its own rows."""
+    """Arrays onto the mesh; every process passes the same global ones and copies its own rows."""
 
     def one(x, s):
-        if isinstance(x, jax.Array) and not x.is_fully_addressable:
-            return jax.device_put(x, s)  # already global: a reference model, say
+        # From this process to several, `device_put` would first compare all of it between them.
+        if isinstance(x, jax.Array) and (s.is_fully_addressable or not x.is_fully_addressable):
+            return jax.device_put(x, s)
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(one(jax.random.key_data(x), s))
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, s, lambda index: x[index])
 
     return jax.tree.map(one, tree, target)
+
+
+def mesh_of(tree: PyTree) -> Mesh | None:
+    """The mesh that holds the arrays of a tree, if they are on one."""
+    return getattr(getattr(jax.tree.leaves(tree)[0], "sharding", None), "mesh", None)
+
+
+def whole(tree: PyTree, mesh: Mesh) -> PyTree:
+    """All of `tree` on every device of the mesh, as generation reads its weights."""
+    return place(tree, jax.tree.map(lambda _: NamedSharding(mesh, P()), tree))
 
 
 def local(tree: PyTree) -> PyTree:

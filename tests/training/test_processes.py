@@ -28,7 +28,7 @@ ENVIRONMENT = {
 }
 
 
-def together(command, count=2, devices=1, fails=False):
+def together(command, count=2, devices=1, fails=False, patience=500):
     """stdout of every process of `python command`; flags of --multihost are added where count exceeds one."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -44,7 +44,7 @@ def together(command, count=2, devices=1, fails=False):
         for i in range(count)
     ]  # fmt: skip
     try:
-        said = [process.communicate(timeout=500) for process in started]
+        said = [process.communicate(timeout=patience) for process in started]
     finally:
         for process in started:
             process.kill()

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments import benchmark_flops as fl
-from experiments.benchmark_measure import Work, threads, xla_flops
-from experiments.benchmark_world import DOMAINS, SEEDS, WALK, World
+from experiments.benchmark import flops as fl
+from experiments.benchmark.measure import Work, threads, xla_flops
+from experiments.benchmark.world import DOMAINS, SEEDS, WALK, World
 from genret.diffusion.preference import Preference
 from genret.diffusion.retriever import Retriever
 from genret.modit import contrastive, hppo, stages

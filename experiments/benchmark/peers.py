@@ -17,12 +17,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import peers_search
-from experiments.benchmark_language import asked, language
-from experiments.benchmark_lines import OPTIONS, Trainer
-from experiments.benchmark_measure import Work, threads
-from experiments.benchmark_world import World
-from experiments.peers_torch import TorchTrainer, device, of, torch_heun
+from experiments.benchmark import peers_search
+from experiments.benchmark.language import asked, language
+from experiments.benchmark.lines import OPTIONS, Trainer
+from experiments.benchmark.measure import Work, threads
+from experiments.benchmark.peers_torch import TorchTrainer, device, of, torch_heun
+from experiments.benchmark.world import World
 from genret.diffusion import edm
 from genret.diffusion.dit import SHARDING_RULES
 from genret.diffusion.retriever import Retriever

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.benchmark_lines import exact_scores
-from experiments.benchmark_measure import Work, threads
-from experiments.benchmark_world import World
+from experiments.benchmark.lines import exact_scores
+from experiments.benchmark.measure import Work, threads
+from experiments.benchmark.world import World
 from genret.retrieval.index import recall_by_score, scann_index
 
 TARGETS = (0.9, 0.99)

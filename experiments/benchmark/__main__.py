@@ -23,14 +23,15 @@ from typing import Any
 
 import jax
 
-from experiments import benchmark_language, benchmark_lines
-from experiments.benchmark_measure import Work, environment, machine_of, matmul_work, measure, table
-from experiments.benchmark_world import SCALES, World
+from experiments.benchmark import language
+from experiments.benchmark import lines as core
+from experiments.benchmark.measure import Work, environment, machine_of, matmul_work, measure, table
+from experiments.benchmark.world import SCALES, World
 from experiments.command import launch
 from experiments.workdir import write_text
 from genret.types import InputError
 
-LINES: dict[str, Callable[[World], Work]] = benchmark_lines.LINES | benchmark_language.LINES
+LINES: dict[str, Callable[[World], Work]] = core.LINES | language.LINES
 
 
 def chosen(only: str, peers: bool) -> dict[str, Callable[[World], Work]]:
@@ -40,7 +41,7 @@ def chosen(only: str, peers: bool) -> dict[str, Callable[[World], Work]]:
     """
     lines = dict(LINES)
     if peers:
-        from experiments import peers as rivals
+        from experiments.benchmark import peers as rivals
 
         rivals.require()
         lines |= rivals.LINES

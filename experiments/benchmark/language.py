@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import benchmark_flops as fl
-from experiments.benchmark_lines import Trainer, synthetic_noise
-from experiments.benchmark_measure import Work, xla_flops
-from experiments.benchmark_world import World, synthetic_vectors
+from experiments.benchmark import flops as fl
+from experiments.benchmark.lines import Trainer, synthetic_noise
+from experiments.benchmark.measure import Work, xla_flops
+from experiments.benchmark.world import World, synthetic_vectors
 from genret.language.decoder import Decoder, DecoderConfig, empty_cache, init_lora
 from genret.language.encoder import load_encoder
 from genret.language.generation import generate

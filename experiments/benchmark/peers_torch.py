@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.benchmark_measure import threads
-from experiments.benchmark_world import World
+from experiments.benchmark.measure import threads
+from experiments.benchmark.world import World
 from genret.diffusion import edm, sampler
 from genret.diffusion.retriever import Retriever
 from genret.modit.queries import HEUN_STEPS

@@ -1,0 +1,110 @@
+"""More processes over loopback than the ordinary suite can afford: training, evaluation, search, and R4T."""
+
+import json
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.workdir import read_rows
+from genret.catalogue import words
+from genret.retrieval.index import ExactIndex
+from tests.language.conftest import write_gguf
+from tests.training.test_processes import catalogue, command, parameters, together
+
+pytestmark = pytest.mark.scale
+__all__ = ["catalogue"]  # a fixture
+
+MODIT = ("predictor", "pretrain", "cpt", "sft", "hppo", "sft_mse", "sft_retrieval", "contrastive_labels_4")
+R4T = ("warm", "folm", "diffusion", "regressor")
+
+
+def apart(one, two, stages):
+    """The largest difference of a parameter, by stage."""
+    found = {}
+    for stage in stages:
+        a, b = (jax.tree.leaves(parameters(run / "seed_0" / stage)) for run in (one, two))
+        found[stage] = max(float(np.abs(x - y).max()) for x, y in zip(a, b, strict=True))
+    return found
+
+
+def compared(config, one, two, count, stages, methods):
+    """Trains and evaluates in one process of `count` devices and in `count` of one; the rows of both."""
+    asked = f"--methods={methods}"
+    for folder, processes, devices in ((one, 1, count), (two, count, 1)):
+        began = time.monotonic()
+        where = dict(count=processes, devices=devices, patience=3000)
+        together(["-m", "experiments.run", *config, f"--workdir={folder}"], **where)
+        trained = time.monotonic()
+        together(["-m", "experiments.evaluate", *config, asked, f"--workdir={folder}"], **where)
+        print(f"{processes} x {devices}: {trained - began:.0f} s, {time.monotonic() - trained:.0f} s")
+    differences = apart(one, two, stages)
+    print(differences)
+    assert max(differences.values()) <= 1e-5, differences
+    return [read_rows(run / "results.jsonl") for run in (one, two)]
+
+
+def test_four_processes_are_one(catalogue, tmp_path):
+    """Every stage and every rival, on a mesh of two batch shards by two of the parameters."""
+    config = [
+        f"--config=experiments/configs/modit.py:size=test,data={catalogue}",
+        "--config.evaluation.index=exact", "--config.hppo.contexts=48",
+        "--config.labels.predictor.steps=10", "--config.mesh.data=2", "--config.mesh.fsdp=2",
+    ]  # fmt: skip
+    methods = "^main: (seed mean|ridge regressor|MO-DiT after (SFT|HPPO)|contrastive encoder.*)$"
+    rows = compared(config, tmp_path / "one", tmp_path / "four", 4, MODIT, methods)
+    assert rows[0] == rows[1] and len(rows[0]) >= 6 * 4
+
+
+def test_four_processes_search_as_one(tmp_path):
+    """Each holds a quarter of the corpus, with ties across the borders."""
+    rng = np.random.default_rng(0)
+    x, queries = (np.float32(rng.normal(size=(n, 32))) for n in (3001, 70))
+    x[2500:2600] = x[:100]
+    np.savez(tmp_path / "given.npz", x=x, queries=queries)
+    body = """
+import numpy as np
+from genret.retrieval.index import ExactIndex
+given = np.load(workdir / "given.npz")
+index = ExactIndex(given["x"], mesh=make_mesh(), corpus_block=512)
+assert len(index.rows.addressable_shards) == 1 and index.rows.addressable_shards[0].data.shape[0] < 1001
+ids, scores = index.search(given["queries"], 50)
+np.savez(workdir / f"found_{index_of_process}.npz", ids=ids, scores=scores)
+""".replace("index_of_process", "jax.process_index()")
+    together(command(body, tmp_path), 4)
+    ids, scores = ExactIndex(x).search(queries, 50)
+    for process in range(4):
+        with np.load(tmp_path / f"found_{process}.npz") as found:
+            np.testing.assert_array_equal(found["ids"], ids)
+            np.testing.assert_allclose(found["scores"], scores, rtol=1e-6)
+
+
+def test_two_processes_run_r4t_as_one(tmp_path):
+    """A tiny language model of random weights: warm start, rollouts, synthesis, sets, and every line."""
+    model = write_gguf(tmp_path / "tiny.gguf", "llama")
+    config = [
+        "--config=experiments/configs/r4t.py:size=test", f"--config.fanout.folder={tmp_path / 'data'}",
+        "--config.evaluation.index=exact", f"--config.language.model={model}",
+        "--config.language.lora_rank=0", "--config.language.max_new=48", "--config.fanout.contents=300",
+        "--config.warm.batch=16", "--config.warm.fit.steps=120", "--config.warm.fit.learning_rate=0.01",
+        "--config.rl.group=4", "--config.evaluation.latency=(2,)", "--config.mesh.fsdp=2",
+    ]  # fmt: skip
+    # One of three answers to any query, by chance, is what so small a model can learn.
+    answers = (["sun", "rain", "wind"], ["bread", "milk", "salt"], ["church", "song"])
+    queries = words.themed(size=300, count=150, seed=0).queries
+    for run in ("one", "two"):
+        (tmp_path / run / "seed_0").mkdir(parents=True)
+        pairs = [(query, answer) for query in queries[:50] for answer in answers]
+        (tmp_path / run / "seed_0" / "warm_pairs.json").write_text(json.dumps(pairs))
+    methods = "^(MMR re-ranking|warm-started LM|R4T-FOLM|MSE set regressor|R4T-Diffusion, Heun 4)$"
+    rows = compared(config, tmp_path / "one", tmp_path / "two", 2, R4T, methods)
+    assert rows[0] == rows[1] and len(rows[0]) == 5
+    log = (tmp_path / "two" / "seed_0" / "folm" / "metrics.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["grad_norm"] > 0 for line in log)  # some answers were better than others
+    by_name = {row["method"]: row for row in rows[0]}
+    assert by_name["R4T-FOLM"]["valid"] > 0.3 and by_name["R4T-FOLM"]["groundedness"] > 0.1
+    sets = [sorted((tmp_path / run / "seed_0" / "synthesis").rglob("*.npy")) for run in ("one", "two")]
+    assert len(sets[0]) >= 5
+    for a, b in zip(*sets, strict=True):
+        np.testing.assert_array_equal(np.load(a), np.load(b), err_msg=a.name)
