@@ -20,6 +20,7 @@ from genret.r4t.folm import LanguagePolicy, collect_fanouts, sample_fanouts
 from genret.r4t.items import nearest_items
 from genret.r4t.rewards import OAR
 from genret.retrieval import sets as metrics
+from genret.training import preemption
 from genret.training.log import Progress
 
 if TYPE_CHECKING:
@@ -199,6 +200,7 @@ def evaluate_run(run: FanoutRun, results: Path, wanted: Callable[[str], bool]) -
         row["shown"] = _shown(run, rows[: e.show], draws[0]) if method.name != RANDOM else []
         append_rows(results, [row])
         progress(i + 1, method.name)
+        preemption.leave_if_due()
 
 
 def _shown(run: FanoutRun, rows: np.ndarray, fanout: Fanout) -> list[dict[str, Any]]:
@@ -238,3 +240,4 @@ def time_run(run: FanoutRun, results: Path) -> None:
             row |= {"device": jax.devices()[0].device_kind, "k": run.config.k}
             append_rows(results, [row])
             print(f"{method.name}, batch {batch}: {row['p50']:.3f} s", flush=True)
+            preemption.leave_if_due()
