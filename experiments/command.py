@@ -46,7 +46,7 @@ def launch(
     more = {n: DEFINE[type(default)](n, default, said) for n, (default, said) in options.items()}
 
     def run(argv: list[str]) -> None:
-        logging.set_verbosity(logging.WARNING)  # Orbax tells twenty lines a checkpoint
+        logging.set_verbosity(logging.FATAL)  # Orbax tells twenty lines a checkpoint, and pages of an error
         if len(argv) > 1:
             raise app.UsageError(f"unknown argument {argv[1]}")
         # Stages of one run share most of their kernels, and a second run shares all of them.
@@ -82,9 +82,9 @@ def _multihost_flags() -> tuple[flags.FlagHolder, ...]:
 def one_line(error: BaseException) -> str | None:
     """What to say of an error that is not the program's: input, disk, or another process; None of others."""
     if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        full = error.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # None: NumPy's
         where = "" if error.filename is None else f"{error.filename}: "
-        fix = "make room" if full or error.errno is None else "use a folder that can be written"
+        fix = "make room" if full else "use a folder that can be written"
         return f"{where}{error.strerror or error}. {fix}, and start again: what is finished is kept"
     known = isinstance(error, InputError | processes.BarrierError)
     return str(error) if known else str(processes.lost(error) or "") or None

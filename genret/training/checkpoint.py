@@ -113,10 +113,14 @@ class _Scheduled:
 
 @contextlib.contextmanager
 def _disk(folder: Path) -> Iterator[None]:
-    """A full disk under Orbax, which has many names for it, as the OSError that it is."""
+    """A full disk under Orbax, which has many names for it, as the OSError that it is. Orbax waits by the
+    wall clock, so one that jumps ahead ends its wait."""
     try:
         yield
     except Exception as error:
+        if isinstance(error, TimeoutError):
+            said = "the writer of checkpoints was given up: a disk that hangs, or a clock that jumped"
+            raise OSError(errno.ETIMEDOUT, said, str(folder)) from error
         for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             if os.strerror(code).lower() in str(error).lower():
                 raise OSError(code, os.strerror(code), str(folder)) from error

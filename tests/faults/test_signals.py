@@ -1,0 +1,80 @@
+"""SIGTERM, a full disk and a second command, over the whole pipeline as users start it."""
+
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+
+pytestmark = pytest.mark.faults
+
+
+def test_sigterm_at_random_moments_ends_well_and_changes_nothing(pipeline, undisturbed):
+    """Twelve of them, over run and evaluate; what is printed is how long each took to end."""
+    wanted, seconds = undisturbed
+    one, rng, took = pipeline("terminated"), random.Random(1), []
+    for name, times in (("run", 8), ("evaluate", 4)):
+        for _ in range(times):
+            process = one.start(name)
+            try:
+                process.wait(rng.uniform(0.1, 0.5) * seconds)
+            except subprocess.TimeoutExpired:
+                began = time.monotonic()
+                process.send_signal(signal.SIGTERM)
+                process.wait(120)
+                took.append(time.monotonic() - began)
+            # Before Python runs there is no handler: what has not begun may end as the kernel has it.
+            assert process.returncode in (0, -signal.SIGTERM), one.said(name)[-3000:]
+        one.do(name)
+    one.do("report")
+    found = one.outcome()
+    steps = found.pop("steps")
+    for folder, rows in steps.items():  # a step that was saved off the schedule has a row of its own
+        logged = [step for step, _ in rows]
+        assert logged == sorted({*logged}) and {s for s, _ in wanted["steps"][folder]} <= {*logged}
+    one.equals({part: wanted[part] for part in found})
+    assert "Traceback" not in one.said("run") + one.said("evaluate")
+    print(f"{len(took)} SIGTERMs; seconds to the end: {' '.join(f'{s:.1f}' for s in sorted(took))}")
+
+
+def test_a_second_run_or_evaluation_is_refused_and_disturbs_nothing(pipeline, undisturbed):
+    one = pipeline("twice")
+    first = one.until("run", "pretrain 1/6")
+    second = one.start("run")
+    assert second.wait(120) == 1
+    assert f"is in the hands of another run, process {first.pid}" in one.said("run")
+    assert first.wait() == 0
+    first = one.until("evaluate", "evaluate seed 0 1/")
+    assert one.start("evaluate").wait(120) == 1 and first.wait() == 0
+    one.do("report")
+    one.equals(undisturbed[0])
+
+
+def test_a_full_disk_is_one_line_at_any_size_and_room_lets_it_go_on(pipeline, undisturbed):
+    """The workdir is a file system of its own, made larger after every failure."""
+    one, failures = pipeline("full"), 0
+    one.workdir.mkdir()
+
+    def mount(size, *options):
+        command = ["mount", "-t", "tmpfs", "-o", ",".join([*options, f"size={size}"]), "tmpfs", one.workdir]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+    if not mount("100k"):
+        pytest.skip("mounting is not permitted here")
+    try:
+        for name in one.COMMANDS:
+            size = 200 if name == "run" else size
+            while one.start(name).wait(600):
+                failures += 1
+                last = one.said(name).splitlines()[-1]
+                assert last.startswith("error: ") and "what is finished is kept" in last, one.said(name)[
+                    -3000:
+                ]
+                print(f"{name} in {size} KiB: {last[:150]}", flush=True)
+                size = int(size * 1.7)
+                assert mount(f"{size}k", "remount")
+        assert failures > 3 and "Traceback" not in "".join(map(one.said, one.COMMANDS))
+        one.equals(undisturbed[0])
+    finally:
+        subprocess.run(["umount", one.workdir], check=True)
