@@ -53,18 +53,17 @@ def test_a_second_run_or_evaluation_is_refused_and_disturbs_nothing(pipeline, un
 
 def test_a_full_disk_is_one_line_at_any_size_and_room_lets_it_go_on(pipeline, undisturbed):
     """The workdir is a file system of its own, made larger after every failure."""
-    one, failures = pipeline("full"), 0
+    one, failures, size = pipeline("full"), 0, 100
     one.workdir.mkdir()
 
     def mount(size, *options):
         command = ["mount", "-t", "tmpfs", "-o", ",".join([*options, f"size={size}"]), "tmpfs", one.workdir]
         return subprocess.run(command, capture_output=True).returncode == 0
 
-    if not mount("100k"):
+    if not mount(f"{size}k"):
         pytest.skip("mounting is not permitted here")
     try:
         for name in one.COMMANDS:
-            size = 200 if name == "run" else size
             while one.start(name).wait(600):
                 failures += 1
                 last = one.said(name).splitlines()[-1]
