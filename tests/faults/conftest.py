@@ -57,6 +57,7 @@ class Pipeline:
         config = [
             f"--config=experiments/configs/modit.py:size=test,data={self.folder / 'small.parquet'}",
             "--config.evaluation.index=exact", "--config.labels.predictor.steps=10",
+            *(f"--config.stages.{stage}.save_every=2" for stage in ("pretrain", "cpt", "sft")),
             "--config.hppo.contexts=48", "--config.evaluation.reaches=(1.0,)",
             "--config.evaluation.guidance=(1.0,)", "--config.evaluation.memory=((.1,.5),)", *self.more,
         ]  # fmt: skip

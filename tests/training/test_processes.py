@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -170,6 +171,32 @@ def at_step(folder, step, started):
         while not at.exists() or int(at.read_text() or 0) < step:
             assert process.poll() is None, process.communicate()
             time.sleep(0.02)
+
+
+def test_kills_at_random_moments_leave_the_same_bits(tmp_path):
+    """Two of them while 60 steps are trained; `pytest -m faults` kills the whole pipeline fifty times."""
+    fit = FIT.replace("save_every=1000", "save_every=4")
+    for folder in ("whole", "killed"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "steps").write_text("60")
+    (whole,) = begin(command(fit, tmp_path / "whole"), 1)
+    rng = random.Random(0)
+    for low in (5, 30):
+        started = begin(command(fit, tmp_path / "killed"), 1)
+        at_step(tmp_path / "killed", rng.randrange(low, low + 20), started)
+        time.sleep(rng.uniform(0, 0.02))
+        started[0].kill()
+        started[0].communicate()
+    together(command(fit, tmp_path / "killed"), 1)
+    assert not whole.wait(60), whole.communicate()
+    found = [parameters(tmp_path / folder / "toy")["kernel"].tobytes() for folder in ("whole", "killed")]
+    assert found[0] == found[1]
+    logs = [
+        (tmp_path / folder / "toy" / "metrics.jsonl").read_text().splitlines()
+        for folder in ("whole", "killed")
+    ]
+    losses = [[(json.loads(line)["step"], json.loads(line)["loss"]) for line in log] for log in logs]
+    assert losses[0] == losses[1]
 
 
 def test_sigterm_to_one_stops_all_at_one_step_a_lost_one_ends_all_and_fewer_go_on(tmp_path):
