@@ -58,7 +58,7 @@ class Pipeline:
             f"--config=experiments/configs/modit.py:size=test,data={self.folder / 'small.parquet'}",
             "--config.evaluation.index=exact", "--config.labels.predictor.steps=10",
             *(f"--config.stages.{stage}.save_every=2" for stage in ("pretrain", "cpt", "sft")),
-            "--config.hppo.contexts=48", "--config.evaluation.reaches=(1.0,)",
+            "--config.retrieval.weight=0.0", "--config.hppo.contexts=48", "--config.evaluation.reaches=(1.0,)",
             "--config.evaluation.guidance=(1.0,)", "--config.evaluation.memory=((.1,.5),)", *self.more,
         ]  # fmt: skip
         given = [] if name == "report" else config
@@ -88,10 +88,19 @@ class Pipeline:
         return process
 
     @staticmethod
-    def kill(process):
-        """kill -9, with all that it started."""
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    def live(process, seconds, end=signal.SIGKILL):
+        """The CPU seconds that it took: to its own end, or to `end`, sent to its whole group when they are
+        used up. CPU seconds, as on a busy machine those of the clock would all fall into the start."""
+        used, at = 0.0, Path(f"/proc/{process.pid}/stat")
+        while process.poll() is None:
+            times = at.read_text().rpartition(")")[2].split()[11:13]
+            used = sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
+            if used >= seconds:
+                os.killpg(process.pid, end)
+                process.wait(120)
+                return seconds
+            time.sleep(0.005)
+        return min(used, 0.99 * seconds)
 
     def equals(self, wanted):
         """The outcome is `wanted`, arrays to the bit."""
@@ -151,8 +160,9 @@ def pipeline(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def undisturbed(pipeline):
-    """The outcome of a pipeline that nothing happened to, and the seconds it takes once all is compiled."""
+    """The outcome of a pipeline that nothing happened to, and the CPU seconds it takes once all is compiled."""
     for name in ("first", "second"):
-        whole, began = pipeline(name), time.monotonic()
+        whole, began = pipeline(name), os.times()
         whole.all()
-    return whole.outcome(), time.monotonic() - began
+    used = [time - before for time, before in zip(os.times(), began, strict=True)]
+    return whole.outcome(), used[2] + used[3]
