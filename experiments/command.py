@@ -36,7 +36,7 @@ def launch(
     workdir: whether it must be given, where it is None otherwise; None: the command has none. multihost:
     whether it can be one of several processes, of which process 0 writes and speaks. options: more flags of
     the command, each a (default, help), given to main by name. An InputError, a full disk and a lost process
-    end with one line and exit status 1, SIGTERM with one line and 0.
+    end with one line and exit status 1; a command that can be several ends so at SIGTERM, with status 0.
     """
     configs = config and config_flags.DEFINE_config_file(
         "config", None, "A file of experiments/configs.", lock_config=True
@@ -55,7 +55,8 @@ def launch(
         given = [configs.value] if config else []
         if workdir is not None:
             given.append(None if folder.value is None else Path(folder.value))
-        preemption.listen()
+        if together:  # those that go on where they were
+            preemption.listen()
         try:
             with _joined(*(flag.value for flag in together)) if together else contextlib.nullcontext():
                 main(*given, **{n: flag.value for n, flag in more.items()})

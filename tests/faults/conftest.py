@@ -58,8 +58,9 @@ class Pipeline:
             f"--config=experiments/configs/modit.py:size=test,data={self.folder / 'small.parquet'}",
             "--config.evaluation.index=exact", "--config.labels.predictor.steps=10",
             *(f"--config.stages.{stage}.save_every=2" for stage in ("pretrain", "cpt", "sft")),
-            "--config.retrieval.weight=0.0", "--config.hppo.contexts=48", "--config.evaluation.reaches=(1.0,)",
-            "--config.evaluation.guidance=(1.0,)", "--config.evaluation.memory=((.1,.5),)", *self.more,
+            "--config.retrieval.weight=0.0", "--config.hppo.contexts=48",
+            "--config.evaluation.reaches=(1.0,)", "--config.evaluation.guidance=(1.0,)",
+            "--config.evaluation.memory=((.1,.5),)", *self.more,
         ]  # fmt: skip
         given = [] if name == "report" else config
         with open(self.folder / f"{name}.log", "a") as log:
@@ -160,7 +161,7 @@ def pipeline(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def undisturbed(pipeline):
-    """The outcome of a pipeline that nothing happened to, and the CPU seconds it takes once all is compiled."""
+    """The outcome of a pipeline that nothing happened to, and its CPU seconds once all is compiled."""
     for name in ("first", "second"):
         whole, began = pipeline(name), os.times()
         whole.all()
