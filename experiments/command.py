@@ -61,6 +61,7 @@ def launch(
             with _joined(*(flag.value for flag in together)) if together else contextlib.nullcontext():
                 main(*given, **{n: flag.value for n, flag in more.items()})
         except preemption.Preempted as stop:
+            preemption.forget()
             print(stop, flush=True)
         except (InputError, OSError) as error:
             if said := one_line(error):

@@ -25,15 +25,23 @@ class Preempted(BaseException):
 
 def listen() -> None:
     """From here on SIGTERM raises Preempted: now, or under `patience` at its end. For the main thread."""
+    forget()
+    signal.signal(signal.SIGTERM, _note)
+    signal.signal(signal.SIGALRM, _note)
+
+
+def forget() -> None:
+    """What came is dealt with."""
     global _asked
     _asked = False
-    signal.signal(signal.SIGTERM, _note)
+    signal.alarm(0)
 
 
 def _note(*_) -> None:
     global _asked
     _asked = True
     if not _patient and not processes.several():
+        signal.alarm(1)  # once more in a second: what is raised inside a __del__ is lost
         raise Preempted
 
 
