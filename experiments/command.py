@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 import traceback
@@ -14,7 +15,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from genret.training import processes
+from genret.training import preemption, processes
 from genret.types import InputError
 
 DEFINE = {
@@ -34,8 +35,8 @@ def launch(
 
     workdir: whether it must be given, where it is None otherwise; None: the command has none. multihost:
     whether it can be one of several processes, of which process 0 writes and speaks. options: more flags of
-    the command, each a (default, help), given to main by name. An InputError ends with its message and exit
-    status 1.
+    the command, each a (default, help), given to main by name. An InputError, a full disk and a lost process
+    end with one line and exit status 1; a command that can be several ends so at SIGTERM, with status 0.
     """
     configs = config and config_flags.DEFINE_config_file(
         "config", None, "A file of experiments/configs.", lock_config=True
@@ -45,7 +46,7 @@ def launch(
     more = {n: DEFINE[type(default)](n, default, said) for n, (default, said) in options.items()}
 
     def run(argv: list[str]) -> None:
-        logging.set_verbosity(logging.WARNING)  # Orbax tells twenty lines a checkpoint
+        logging.set_verbosity(logging.FATAL)  # Orbax tells twenty lines a checkpoint, and pages of an error
         if len(argv) > 1:
             raise app.UsageError(f"unknown argument {argv[1]}")
         # Stages of one run share most of their kernels, and a second run shares all of them.
@@ -54,11 +55,18 @@ def launch(
         given = [configs.value] if config else []
         if workdir is not None:
             given.append(None if folder.value is None else Path(folder.value))
+        if together:  # those that go on where they were
+            preemption.listen()
         try:
             with _joined(*(flag.value for flag in together)) if together else contextlib.nullcontext():
                 main(*given, **{n: flag.value for n, flag in more.items()})
-        except InputError as error:
-            raise SystemExit(f"error: {error}") from None
+        except preemption.Preempted as stop:
+            preemption.forget()
+            print(stop, flush=True)
+        except (InputError, OSError) as error:
+            if said := one_line(error):
+                raise SystemExit(f"error: {said}") from None
+            raise
 
     flags.mark_flags_as_required(["config"] * config + ["workdir"] * bool(workdir))
     app.run(run)
@@ -71,6 +79,17 @@ def _multihost_flags() -> tuple[flags.FlagHolder, ...]:
         flags.DEFINE_integer("process_id", None, "Which process this is, likewise."),
         flags.DEFINE_integer("num_processes", None, "How many there are, likewise."),
     )
+
+
+def one_line(error: BaseException) -> str | None:
+    """What to say of an error that is not the program's: input, disk, or another process; None of others."""
+    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+        full = error.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # None: NumPy's
+        where = "" if error.filename is None else f"{error.filename}: "
+        fix = "make room" if full else "use a folder that can be written"
+        return f"{where}{error.strerror or error}. {fix}, and start again: what is finished is kept"
+    known = isinstance(error, InputError | processes.BarrierError)
+    return str(error) if known else str(processes.lost(error) or "") or None
 
 
 @contextlib.contextmanager
@@ -88,9 +107,12 @@ def _joined(multihost: bool, *place: Any) -> Iterator[None]:
             if not processes.is_writer():
                 sink = quiet.enter_context(open(os.devnull, "w"))
                 quiet.enter_context(contextlib.redirect_stdout(sink))
-            yield
+            try:
+                yield
+            except preemption.Preempted as stop:  # met by all at the same step
+                print(stop, flush=True)
         processes.barrier("end")
     except BaseException as error:
-        short = isinstance(error, InputError | processes.BarrierError)
-        print(f"error: {error}" if short else traceback.format_exc(), file=sys.stderr, flush=True)
+        said = one_line(error)
+        print(f"error: {said}" if said else traceback.format_exc(), file=sys.stderr, flush=True)
         os._exit(1)  # an orderly exit would wait for the others, who may wait for this one

@@ -1,7 +1,7 @@
 """Evaluate a trained run: python -m experiments.evaluate --config=... --workdir=runs/x
 
 Appends one row per (method, domain, split, seed) to workdir/results.jsonl and skips rows that are there,
-so it can be killed and started again.
+so it can be killed and started again; SIGTERM ends it with status 0.
 
     --methods=REGEX         only methods with a match in "table: name": '^main: ', '^order: ', HPPO
     --checkpoints=sft,hppo  instead, the one-call query of every checkpoint kept in these stages' folders, on
@@ -26,12 +26,12 @@ from experiments.catalogues import open_catalogue
 from experiments.command import launch
 from experiments.methods import as_trained
 from experiments.modit import Run, open_run
-from experiments.workdir import append_rows, read_rows, same_run, write_text
+from experiments.workdir import alone, append_rows, read_rows, same_run, write_text
 from genret.modit.protocol import SPLITS, Contexts, evaluate
 from genret.modit.validation import predictor_report
 from genret.retrieval.index import build_index
 from genret.retrieval.metrics import macro
-from genret.training import processes
+from genret.training import preemption, processes
 from genret.training.log import Progress
 from genret.types import InputError
 
@@ -62,6 +62,7 @@ def evaluate_run(run: Run, results: Path, methods: str = "") -> None:
         for i, method in enumerate(asked):
             append_rows(results, evaluate(method, run.searcher, exact, validation, test, protocol, lookups))
             progress(i + 1, method.name)
+            preemption.leave_if_due()
     if not methods:
         write_text(finished, json.dumps([tables, _methods(results, run.seed)]))
 
@@ -109,6 +110,7 @@ def evaluate_checkpoints(run: Run, folders: Sequence[str], results: Path) -> Non
         append_rows(results, [row for row in rows if _key(row) not in have])
         joint = sum(row["joint"] for row in rows) / len(rows)
         print(f"{where}: validation Joint@{rows[0]['k']} {joint:.3f}", flush=True)
+        preemption.leave_if_due()
 
 
 def _key(row: dict[str, Any]) -> tuple:
@@ -158,8 +160,16 @@ def main(
         raise InputError("--follow", "follows the checkpoints of stages", "give --checkpoints=sft")
     if follow and processes.several():  # each would see a checkpoint at another moment
         raise InputError("--follow", "watches with one process", "leave out --multihost")
-    wanted = _pattern(methods)
+    _pattern(methods)  # said before anything is opened
+    with alone(workdir, "evaluate"):
+        _evaluate(config, workdir, methods, checkpoints, follow_seconds if follow else None)
+
+
+def _evaluate(
+    config: ConfigDict, workdir: Path, methods: str, checkpoints: str, follow: float | None
+) -> None:
     if "fanout" in config:
+        wanted = _pattern(methods)
         for run in r4t.open_runs(config, workdir):
             fanouts.evaluate_run(run, workdir / "results.jsonl", lambda name: bool(wanted.search(name)))
             fanouts.time_run(run, workdir / "latency.jsonl")
@@ -169,7 +179,7 @@ def main(
     runs = (open_run(config, workdir, seed, catalogue) for seed in config.seeds)
     if checkpoints:
         folders = list(filter(None, checkpoints.split(",")))
-        sweep(list(runs), folders, workdir / "checkpoints.jsonl", follow_seconds if follow else None)
+        sweep(list(runs), folders, workdir / "checkpoints.jsonl", follow)
         return
     for run in runs:
         evaluate_run(run, workdir / "results.jsonl", methods)

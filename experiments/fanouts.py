@@ -20,6 +20,7 @@ from genret.r4t.folm import LanguagePolicy, sample_fanouts
 from genret.r4t.items import nearest_items
 from genret.r4t.rewards import OAR
 from genret.retrieval import sets as metrics
+from genret.training import preemption
 from genret.training.log import Progress
 
 if TYPE_CHECKING:
@@ -228,6 +229,7 @@ def evaluate_run(run: FanoutRun, results: Path, wanted: Callable[[str], bool]) -
         row["shown"] = _shown(run, rows[: e.show], first) if method.name != RANDOM else []
         append_rows(results, [row])
         progress(i + 1, method.name)
+        preemption.leave_if_due()
 
 
 def _shown(run: FanoutRun, rows: np.ndarray, fanout: Fanout) -> list[dict[str, Any]]:
@@ -265,6 +267,7 @@ def time_run(run: FanoutRun, results: Path) -> None:
                 row["skipped"] = said = "out of memory"
             append_rows(results, [row])
             print(f"{method.name}, batch {batch}: {said}", flush=True)
+            preemption.leave_if_due()
 
 
 def _seconds(run: FanoutRun, method: FanoutMethod, rows: np.ndarray) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Train a configuration: python -m experiments.run --config=experiments/configs/modit.py --workdir=runs/x
 
-A run that is interrupted continues where it stopped; a finished one returns at once.
+A run that is interrupted continues where it stopped; a finished one returns at once. SIGTERM saves the step
+it is at and ends with status 0.
 """
 
 from pathlib import Path
@@ -12,11 +13,16 @@ from experiments import r4t
 from experiments.catalogues import open_catalogue
 from experiments.command import launch
 from experiments.modit import open_run
-from experiments.workdir import same_run
+from experiments.workdir import alone, same_run
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
     """Every seed of `config`, one after the other."""
+    with alone(workdir, "run"):
+        _train(config, workdir)
+
+
+def _train(config: ConfigDict, workdir: Path) -> None:
     if "fanout" in config:
         for run in r4t.open_runs(config, workdir):
             run.train()

@@ -5,10 +5,14 @@ Every process calls what writes here, and finds it written when the call returns
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
+import socket
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,32 @@ REWRITE = "evaluate again in a new --workdir"
 # Leaves of a config's sections that a later command of the same run may give otherwise.
 FREE = {"catalogue": ("folder",), "fanout": ("folder",)}
 FREE |= {"evaluation": ("part", "runs", "repeated", "latency")}
+
+
+@contextlib.contextmanager
+def alone(workdir: Path, command: str) -> Iterator[None]:
+    """Holds `workdir` for one `command` (run, evaluate) at a time; the kernel lets go, however it ends.
+
+    Raises InputError while another is at it. A file system without locks lets everybody in.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    with open(workdir / f".{command}.lock", "a+") as file:
+        other = None
+        if processes.is_writer():
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                file.truncate(0)
+                print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+            except BlockingIOError:
+                file.seek(0)
+                other = file.read().strip() or "one that has just begun"
+            except OSError as error:
+                if error.errno not in (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL):
+                    raise
+        if other := processes.agreed(f"{command} lock", other):
+            problem = f"{workdir} is in the hands of another {command}, {other}"
+            raise InputError("--workdir", problem, "wait for its end, or choose another --workdir")
+        yield
 
 
 def write_text(path: Path, text: str) -> None:

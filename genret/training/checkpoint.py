@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import errno
+import functools
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +16,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from genret.training import processes
 from genret.types import InputError, PyTree
 
 
@@ -16,14 +24,16 @@ class Checkpoints:
     """The checkpoints of one run, in `folder`.
 
     card: JSON-able description of the model; restoring a checkpoint with another card raises InputError.
+    keep: the newest so many remain. every: steps of the schedule; a checkpoint off it, saved at a SIGTERM,
+    goes when the next is written.
     """
 
-    def __init__(self, folder: Path | str, *, card: dict[str, Any], keep: int = 3):
+    def __init__(self, folder: Path | str, *, card: dict[str, Any], keep: int = 3, every: int = 1):
         self.folder, self.card = Path(folder).resolve(), card
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, create=True, enable_async_checkpointing=True
+                preservation_policy=_Scheduled(keep, every), create=True, enable_async_checkpointing=True
             ),
         )
 
@@ -32,29 +42,93 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: PyTree) -> None:
-        """Start writing; a kill at any moment leaves the earlier checkpoints whole."""
+        """Start writing; a kill at any moment leaves the earlier checkpoints whole. Raises OSError where the
+        disk is full, for this checkpoint or the one before."""
         if step == self._manager.latest_step():
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(state), card=ocp.args.JsonSave(self.card)),
-        )
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), card=ocp.args.JsonSave(self.card))
+        with _disk(self.folder):
+            self._manager.save(step, args=args)
 
-    def restore(self, step: int, abstract: PyTree) -> PyTree:
-        """The state at `step`, placed as the shardings of `abstract` say, whatever mesh wrote it.
+    def newest(self, abstract: PyTree) -> PyTree | None:
+        """The newest state that can be read, placed as the shardings of `abstract` say, whatever mesh wrote
+        it; None where nothing is saved. What is newer and damaged is moved out of `folder`, beside it.
 
-        Raises InputError when the checkpoint is of another model.
+        Raises InputError when the checkpoint is of another model, or none can be read.
         """
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                state = self._restore(step, abstract)
+            except InputError:
+                raise
+            except Exception as error:  # whatever a reader meets in a file cut short
+                damaged[step] = _line(error)
+            else:
+                break
+        else:
+            if damaged:
+                step, problem = max(damaged.items())
+                raise InputError(
+                    "checkpoint", f"none in {self.folder} can be read (step {step}: {problem})",
+                    "move the folder away to train anew",
+                )  # fmt: skip
+            return None
+        for other, problem in damaged.items():
+            print(f"{self.folder / str(other)} cannot be read, back to step {step} ({problem})", flush=True)
+            processes.once("damaged checkpoint", functools.partial(self._move_away, other))
+        self._manager.reload()
+        return state
+
+    def _restore(self, step: int, abstract: PyTree) -> PyTree:
         card = self._manager.restore(step, args=ocp.args.Composite(card=ocp.args.JsonRestore()))["card"]
         _same_card(card, self.card, self.folder / str(step))
         return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))[
             "state"
         ]
 
+    def _move_away(self, step: int) -> None:
+        empty = tempfile.mkdtemp(prefix=f"damaged_{step}_", dir=self.folder.parent)
+        os.replace(self.folder / str(step), empty)
+
     def close(self) -> None:
-        """Wait for the writer."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Wait for the writer; raises OSError as `save` does."""
+        with _disk(self.folder):
+            self._manager.wait_until_finished()
+            self._manager.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scheduled:
+    """Orbax's question which checkpoints to keep."""
+
+    keep: int
+    every: int
+
+    def should_preserve(self, checkpoints: Sequence, *, context: Any) -> list[bool]:
+        steps = [c.step for c in checkpoints]
+        kept = [s for s in steps if s % self.every == 0 or s == steps[-1]][-self.keep :]
+        return [s in kept for s in steps]
+
+
+@contextlib.contextmanager
+def _disk(folder: Path) -> Iterator[None]:
+    """A full disk under Orbax, which has many names for it, as the OSError that it is. Orbax waits by the
+    wall clock, so one that jumps ahead ends its wait."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, TimeoutError):
+            said = "the writer of checkpoints was given up: a disk that hangs, or a clock that jumped"
+            raise OSError(errno.ETIMEDOUT, said, str(folder)) from error
+        for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            if os.strerror(code).lower() in str(error).lower():
+                raise OSError(code, os.strerror(code), str(folder)) from error
+        raise
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:120] or type(error).__name__
 
 
 def restore_params(folder: Path | str, abstract: PyTree, *, card: dict, step: int | None = None) -> PyTree:
@@ -62,7 +136,7 @@ def restore_params(folder: Path | str, abstract: PyTree, *, card: dict, step: in
 
     abstract: ShapeDtypeStructs of the parameters, with shardings where a mesh is wanted; without, they come
     as NumPy arrays, whatever devices of whatever processes wrote them. Raises InputError when `folder` holds
-    no checkpoint, or one of another model.
+    no checkpoint, one of another model, or one that cannot be read.
     """
     folder = Path(folder).resolve()
     if not folder.is_dir():
@@ -84,6 +158,13 @@ def restore_params(folder: Path | str, abstract: PyTree, *, card: dict, step: in
                 )
             ),
         )
+    except InputError:
+        raise
+    except Exception as error:  # whatever a reader meets in a file cut short
+        raise InputError(
+            "checkpoint", f"{folder / str(step)} cannot be read ({_line(error)})",
+            "move it away, and the file `trained` of its seed, and train again: from the step before it",
+        ) from error  # fmt: skip
     finally:
         manager.close()
     return restored["state"]["ema"]

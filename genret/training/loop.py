@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding
 
 from genret.training import mesh as meshes
+from genret.training import preemption
 from genret.training.checkpoint import Checkpoints, abstract_like
 from genret.training.log import MetricLog, Progress, peak_flops
 from genret.training.optimizer import make_optimizer
@@ -153,7 +155,8 @@ def fit(
     `workdir` goes before it. Returns the final state; a finished run returns at once.
 
     Raises InputError for a batch that does not fit the mesh or microbatches, and for a checkpoint of
-    another model. NonFiniteLoss names the first bad step, whose checkpoint is never written.
+    another model, or where none can be read. NonFiniteLoss names the first bad step, whose checkpoint is
+    never written. Preempted at SIGTERM, under `preemption.listen`, when the step is saved.
     """
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -166,11 +169,12 @@ def fit(
     key = jax.random.key(options.seed)
     shapes = jax.eval_shape(lambda: init(stage.init(key)))
     placed = meshes.shardings(shapes, mesh, stage.rules)
-    checkpoints = Checkpoints(workdir / "checkpoints", card=stage.card, keep=options.keep)
-    latest = checkpoints.latest()
-    if latest is not None:  # own checkpoint > init_from > scratch
-        state = checkpoints.restore(latest, abstract_like(shapes, placed))
-        print(f"{stage.name}: resumed at step {latest}", flush=True)
+    checkpoints = Checkpoints(
+        workdir / "checkpoints", card=stage.card, keep=options.keep, every=options.save_every
+    )
+    state = checkpoints.newest(abstract_like(shapes, placed))
+    if state is not None:  # own checkpoint > init_from > scratch
+        print(f"{stage.name}: resumed at step {int(state.step)}", flush=True)
     elif init_from is not None:
         state = jax.jit(init, out_shardings=placed)(init_from)
     else:
@@ -202,14 +206,16 @@ def fit(
     log, progress = MetricLog(workdir, start), Progress(stage.name, options.steps, start)
     pending: list[tuple[int, dict]] = []
     clock, since = time.monotonic(), start
-    try:
+    # Whatever stops the run, what was being written is finished; SIGTERM waits for its step to be saved.
+    with preemption.patience(), closing(log), closing(checkpoints):
         for step in range(start, options.steps):
             if step > start:
                 batch = stage.batch(step, state.params)
             state, metrics = step_fn(state, frozen, meshes.place(batch, on_batch))
             pending.append((step + 1, jax.block_until_ready(metrics) if in_step else metrics))
             last = step + 1 == options.steps
-            saving = last or (step + 1) % options.save_every == 0
+            stopping = preemption.due(every=8)
+            saving = last or stopping or (step + 1) % options.save_every == 0
             if saving or (step + 1) % options.log_every == 0:
                 fetched = [(s, jax.device_get(m)) for s, m in pending]
                 _stop_if_not_finite(stage.name, fetched, checkpoints.latest())
@@ -224,9 +230,9 @@ def fit(
                 pending, clock, since = [], time.monotonic(), step + 1
             if saving:
                 checkpoints.save(step + 1, state)
-    finally:  # what was being written is finished, whatever stopped the run
-        checkpoints.close()
-        log.close()
+            if stopping:
+                print(f"{stage.name}: SIGTERM, saved at step {step + 1}", flush=True)
+                break
     return state
 
 

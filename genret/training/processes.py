@@ -8,22 +8,33 @@ what they decide from files is decided alike. With one process everything here i
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
 
 from genret.types import InputError
 
-# Seconds. Long, as process 0 may cluster or embed a catalogue meanwhile; one that dies is missed in 100.
+# Seconds. Long, as process 0 may cluster or embed a catalogue; one that dies is missed in HEARTBEAT.
 PATIENCE = 7200.0
+HEARTBEAT = 30
+# How collectives and jax's coordination service say that another process is gone.
+_GONE = re.compile(
+    "gloo|nccl|coordination service|heartbeat|connection (reset|closed|refused)|socket closed", re.I
+)
 T = TypeVar("T")
 _met: collections.Counter[str] = collections.Counter()  # a barrier of jax cannot be used twice
 
 
 class BarrierError(RuntimeError):
     """A barrier that not all processes reached in time; the message names it."""
+
+
+class LostProcess(RuntimeError):
+    """Another process is gone; the message says what this one met."""
 
 
 def start(coordinator: str | None = None, process_id: int | None = None, count: int | None = None) -> str:
@@ -41,10 +52,10 @@ def start(coordinator: str | None = None, process_id: int | None = None, count: 
         raise InputError("--process_id", f"{process_id} of {count}", f"use 0 to {count - 1}")
     if coordinator is not None and not coordinator.rpartition(":")[2].isdigit():
         raise InputError("--coordinator", f"{coordinator!r} names no port", "write HOST:PORT")
-    # `fit` saves on its own schedule, and with this service on a SIGTERM would end nothing.
+    # `preemption` agrees on where to stop; this service would take SIGTERM away from it.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(coordinator, count, process_id)
+        jax.distributed.initialize(coordinator, count, process_id, heartbeat_timeout_seconds=HEARTBEAT)
     except ValueError as error:  # what jax says where it finds no cluster
         fix = "give --coordinator, --process_id and --num_processes"
         raise InputError("--multihost", f"JAX found no cluster to ask ({error})", fix) from None
@@ -64,7 +75,8 @@ def is_writer() -> bool:
 def barrier(name: str, patience: float = PATIENCE) -> None:
     """Wait until all processes are here; raises BarrierError after `patience` seconds, or if one has died."""
     if several():
-        _ask("wait_at_barrier", name, patience)
+        with _meeting(name, patience) as (client, key, milliseconds):
+            client.wait_at_barrier(key, milliseconds)
 
 
 def once(name: str, write: Callable[[], Any]) -> None:
@@ -90,22 +102,41 @@ def agreed(name: str, value: T) -> T:
     """What process 0 holds for `value`, which is JSON; raises BarrierError as `barrier` does."""
     if not several():
         return value
-    return json.loads(_ask("word", name, PATIENCE, json.dumps(value) if is_writer() else None))
+    with _meeting(name, PATIENCE) as (client, key, milliseconds):
+        if is_writer():
+            client.key_value_set(key, json.dumps(value))
+        return json.loads(client.blocking_key_value_get(key, milliseconds))
 
 
-def _ask(what: str, name: str, patience: float, word: str | None = None) -> str | None:
-    """The one place that knows jax's coordination client: no public barrier has a time-out."""
+def any_of(name: str, value: bool) -> bool:
+    """Whether `value` is true in any process; raises BarrierError as `barrier` does."""
+    if not several():
+        return value
+    with _meeting(name, PATIENCE) as (client, key, milliseconds):
+        if value:
+            client.key_value_set(f"{key}/{jax.process_index()}", "true")
+        client.wait_at_barrier(key, milliseconds)
+        return bool(client.key_value_dir_get(key))
+
+
+def lost(error: BaseException) -> LostProcess | None:
+    """`error` as a LostProcess, if it is how a collective or a barrier meets the end of another process."""
+    said = " ".join(str(error).split())[:200]
+    if not several() or isinstance(error, InputError) or not _GONE.search(said):
+        return None
+    fix = "start all of them again, in any number: the run goes on from its last checkpoint"
+    return LostProcess(f"--multihost: another process is gone ({said}). {fix}")
+
+
+@contextlib.contextmanager
+def _meeting(name: str, patience: float) -> Iterator[tuple]:
+    """(client, key, milliseconds): the one place that knows jax's coordination client, as no public barrier
+    has a time-out."""
     from jax._src import distributed
 
     _met[name] += 1
-    key, milliseconds = f"genret: {name} ({_met[name]})", round(1000 * patience)
     try:
-        client = distributed.global_state.client
-        if what == "wait_at_barrier":
-            return client.wait_at_barrier(key, milliseconds)
-        if word is not None:
-            client.key_value_set(key, word)
-        return client.blocking_key_value_get(key, milliseconds)
+        yield distributed.global_state.client, f"genret: {name} ({_met[name]})", round(1000 * patience)
     except AttributeError as error:
         raise BarrierError(f"this jax ({jax.__version__}) has no such client; genret knows 0.10's") from error
     except jax.errors.JaxRuntimeError as error:

@@ -2,10 +2,13 @@
 
 import json
 import os
+import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -28,21 +31,26 @@ ENVIRONMENT = {
 }
 
 
-def together(command, count=2, devices=1, fails=False, patience=500):
-    """stdout of every process of `python command`; flags of --multihost are added where count exceeds one."""
+def begin(command, count=2, devices=1):
+    """The processes of `python command`; flags of --multihost are added where count exceeds one."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     environment = os.environ | ENVIRONMENT
     environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     flags = ["--multihost", f"--coordinator=localhost:{port}", f"--num_processes={count}"]
-    started = [
+    return [
         subprocess.Popen(
             [sys.executable, *command, *([*flags, f"--process_id={i}"] if count > 1 else [])],
             cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for i in range(count)
     ]  # fmt: skip
+
+
+def together(command, count=2, devices=1, fails=False, patience=500):
+    """stdout of every process; with `fails`, stdout and stderr."""
+    started = begin(command, count, devices)
     try:
         said = [process.communicate(timeout=patience) for process in started]
     finally:
@@ -135,6 +143,90 @@ def test_flags_that_do_not_belong_together_are_refused():
         )  # fmt: skip
         assert done.returncode == 1 and problem in done.stderr, done.stderr
     assert not (ROOT / "nowhere").exists()
+
+
+FIT = """
+import numpy as np
+from genret.training.loop import FitOptions, fit
+from genret.training.stage import Stage
+from genret.types import Terms
+def batch(step, params):
+    (workdir / f"at_{index}").write_text(str(step))
+    time.sleep(.02)
+    return {"x": np.random.default_rng(step).normal(size=(4, 8)).astype(np.float32)}
+stage = Stage(
+    "toy", init=lambda key: {"kernel": jax.random.normal(key, (8, 8))},
+    loss=lambda p, _, b, d: Terms(jnp.sum((b["x"] @ p["kernel"] - 1) ** 2, -1), jnp.ones(4)),
+    batch=batch, rules=(("", P()),),
+)
+state = fit(stage, workdir / "toy", FitOptions(steps=int((workdir / "steps").read_text()), save_every=1000))
+(workdir / f"sum_{index}").write_text(repr(float(jnp.sum(local(state.params)["kernel"]))))
+"""
+
+
+def at_step(folder, step, started):
+    """Returns when all processes are past a step."""
+    for i, process in enumerate(started):
+        at = folder / f"at_{i}"
+        while not at.exists() or int(at.read_text() or 0) < step:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+
+
+def test_kills_at_random_moments_leave_the_same_bits(tmp_path):
+    """Two of them while 60 steps are trained; `pytest -m faults` kills the whole pipeline fifty times."""
+    fit = FIT.replace("save_every=1000", "save_every=4")
+    for folder in ("whole", "killed"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "steps").write_text("60")
+    (whole,) = begin(command(fit, tmp_path / "whole"), 1)
+    rng = random.Random(0)
+    for low in (5, 30):
+        started = begin(command(fit, tmp_path / "killed"), 1)
+        at_step(tmp_path / "killed", rng.randrange(low, low + 20), started)
+        time.sleep(rng.uniform(0, 0.02))
+        started[0].kill()
+        started[0].communicate()
+    together(command(fit, tmp_path / "killed"), 1)
+    assert not whole.wait(60), whole.communicate()
+    found = [parameters(tmp_path / folder / "toy")["kernel"].tobytes() for folder in ("whole", "killed")]
+    assert found[0] == found[1]
+    logs = [
+        (tmp_path / folder / "toy" / "metrics.jsonl").read_text().splitlines()
+        for folder in ("whole", "killed")
+    ]
+    losses = [[(json.loads(line)["step"], json.loads(line)["loss"]) for line in log] for log in logs]
+    assert losses[0] == losses[1]
+
+
+def test_sigterm_to_one_stops_all_at_one_step_a_lost_one_ends_all_and_fewer_go_on(tmp_path):
+    (tmp_path / "steps").write_text("100000")
+    fit = command(FIT, tmp_path)
+    started = begin(fit)
+    at_step(tmp_path, 5, started)
+    started[1].send_signal(signal.SIGTERM)
+    said = [process.communicate(timeout=60) for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    (saved,) = [int(path.name) for path in (tmp_path / "toy" / "checkpoints").glob("[0-9]*")]
+    assert f"toy: SIGTERM, saved at step {saved}\nSIGTERM: what is finished is saved" in said[0][0]
+    assert {int((tmp_path / f"at_{i}").read_text()) for i in (0, 1)} == {saved - 1}
+
+    started = begin(fit)
+    at_step(tmp_path, saved + 5, started)
+    began = time.monotonic()
+    started[1].kill()
+    said = [process.communicate(timeout=60)[1] for process in started]
+    assert started[0].returncode == 1 and time.monotonic() - began < 60
+    assert "error: --multihost: another process is gone (" in said[0] and "Traceback" not in said[0]
+
+    (tmp_path / "steps").write_text(str(saved + 3))
+    for count, devices, folder in ((1, 1, "one"), (1, 2, "two")):
+        shutil.copytree(tmp_path / "toy", tmp_path / folder / "toy")
+        shutil.copy(tmp_path / "steps", tmp_path / folder)
+        (out,) = together(command(FIT, tmp_path / folder), count, devices)
+        assert f"toy: resumed at step {saved}" in out
+    sums = [float((tmp_path / folder / "sum_0").read_text()) for folder in ("one", "two")]
+    assert sums[0] == pytest.approx(sums[1], abs=1e-4)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,169 @@
+"""A small pipeline as users start it, in processes of its own, to be hurt from outside."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from genret.catalogue import format
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax_faults"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT),
+}
+
+
+def write_catalogue(path):
+    """1,200 items around 24 centres; attribute `a` is a direction, `b` chance."""
+    rng = np.random.default_rng(0)
+    pattern, has = np.arange(1200) % 24, rng.random(1200) < 0.4
+    x = rng.normal(size=(24, 16))[pattern] + 0.5 * rng.normal(size=(1200, 16))
+    x += 1.2 * has[:, None] * rng.normal(size=16)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    attributes = {"a": has, "b": rng.random(1200) < 0.3}
+    ids = [f"item {i}" for i in range(1200)]
+    format.write(path, ids=ids, embeddings=np.float32(x), attributes=attributes, patterns=pattern)
+
+
+class Pipeline:
+    """run, evaluate and report in `folder`/run, of the catalogue `folder`/small.parquet; more: overrides."""
+
+    COMMANDS = ("run", "evaluate", "report")
+
+    def __init__(self, folder, *more, devices=1):
+        self.folder, self.workdir, self.more = folder, folder / "run", more
+        self.environment = os.environ | ENVIRONMENT
+        several = f"--xla_force_host_platform_device_count={devices}"
+        self.environment["XLA_FLAGS"] = several if devices > 1 else ""
+        folder.mkdir(exist_ok=True)
+        if not (folder / "small.parquet").exists():
+            write_catalogue(folder / "small.parquet")
+
+    def start(self, name, *flags):
+        """The command, begun in a process group of its own; what it says goes to `folder`/NAME.log."""
+        config = [
+            f"--config=experiments/configs/modit.py:size=test,data={self.folder / 'small.parquet'}",
+            "--config.evaluation.index=exact", "--config.labels.predictor.steps=10",
+            *(f"--config.stages.{stage}.save_every=2" for stage in ("pretrain", "cpt", "sft")),
+            "--config.retrieval.weight=0.0", "--config.hppo.contexts=48",
+            "--config.evaluation.reaches=(1.0,)", "--config.evaluation.guidance=(1.0,)",
+            "--config.evaluation.memory=((.1,.5),)", *self.more,
+        ]  # fmt: skip
+        given = [] if name == "report" else config
+        with open(self.folder / f"{name}.log", "a") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", f"experiments.{name}", *given, f"--workdir={self.workdir}", *flags],
+                cwd=ROOT, env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    def said(self, name):
+        return (self.folder / f"{name}.log").read_text()
+
+    def do(self, name, *flags):
+        """The command, to its end; it must end well."""
+        assert self.start(name, *flags).wait() == 0, self.said(name)[-3000:]
+
+    def all(self):
+        for name in self.COMMANDS:
+            self.do(name)
+
+    def until(self, name, text, *flags, patience=300.0):
+        """The command, begun, once it has said `text`."""
+        process, end = self.start(name, *flags), time.monotonic() + patience
+        while text not in self.said(name):
+            assert process.poll() is None and time.monotonic() < end, self.said(name)[-3000:]
+            time.sleep(0.01)
+        return process
+
+    @staticmethod
+    def live(process, seconds, end=signal.SIGKILL):
+        """The CPU seconds that it took: to its own end, or to `end`, sent to its whole group when they are
+        used up. CPU seconds, as on a busy machine those of the clock would all fall into the start."""
+        used, at = 0.0, Path(f"/proc/{process.pid}/stat")
+        while process.poll() is None:
+            times = at.read_text().rpartition(")")[2].split()[11:13]
+            used = sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
+            if used >= seconds:
+                os.killpg(process.pid, end)
+                process.wait(120)
+                return seconds
+            time.sleep(0.005)
+        return min(used, 0.99 * seconds)
+
+    def equals(self, wanted):
+        """The outcome is `wanted`, arrays to the bit."""
+        found = self.outcome()
+        for part in wanted.keys() - {"parameters"}:
+            assert found[part] == wanted[part], part
+        one, two = found["parameters"], wanted["parameters"]
+        assert {k: list(v) for k, v in one.items()} == {k: list(v) for k, v in two.items()}
+        for folder, steps in one.items():
+            for step, leaves in steps.items():
+                for a, b in zip(leaves, two[folder][step], strict=True):
+                    assert a.dtype == b.dtype and a.tobytes() == b.tobytes(), (folder, step)
+
+    def outcome(self):
+        """All that must not depend on what happened meanwhile: parameters, rows, steps, files, tables."""
+        return {
+            "parameters": {
+                str(path.parent.relative_to(self.workdir)): parameters(path)
+                for path in sorted(self.workdir.rglob("checkpoints"))
+            },
+            "rows": (self.workdir / "results.jsonl").read_text().splitlines(),
+            "trained": (self.workdir / "seed_0" / "trained").read_text(),
+            "predictors": json.loads((self.workdir / "seed_0" / "predictor_report.json").read_text()),
+            "steps": logged(self.workdir),
+            "tables": self.said("report").rpartition("small: 1,200")[2].splitlines()[:-1],
+        }
+
+
+def logged(workdir):
+    """(step, loss) of every row of every training log."""
+    rows = {}
+    for path in sorted(workdir.rglob("metrics.jsonl")):
+        found = [json.loads(line) for line in path.read_text().splitlines()]
+        rows[str(path.parent.relative_to(workdir))] = [(row["step"], row["loss"]) for row in found]
+    return rows
+
+
+def parameters(checkpoints):
+    """Step -> the whole state of every checkpoint that is kept, as NumPy arrays."""
+    import orbax.checkpoint as ocp
+
+    reader, found = ocp.PyTreeCheckpointer(), {}
+    for step in sorted(int(path.name) for path in checkpoints.glob("[0-9]*") if path.name.isdigit()):
+        at = checkpoints / str(step) / "state"
+        plain = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(at).item_metadata.tree
+        )
+        found[step] = jax.tree.leaves(reader.restore(at, restore_args=plain))
+    return found
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory):
+    """name, *overrides, devices -> a Pipeline in a folder of its own."""
+    return lambda name, *more, **kw: Pipeline(tmp_path_factory.mktemp("faults") / name, *more, **kw)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(pipeline):
+    """The outcome of a pipeline that nothing happened to, and its CPU seconds once all is compiled."""
+    for name in ("first", "second"):
+        whole, began = pipeline(name), os.times()
+        whole.all()
+    used = [time - before for time, before in zip(os.times(), began, strict=True)]
+    return whole.outcome(), used[2] + used[3]

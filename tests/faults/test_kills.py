@@ -1,0 +1,40 @@
+"""kill -9 at random moments of the whole pipeline: nothing is lost, doubled or changed."""
+
+import collections
+import random
+import time
+
+import pytest
+
+KILLS, SEED = 50, 0
+
+
+@pytest.mark.faults
+def test_fifty_kills_change_nothing(pipeline, undisturbed):
+    """Lives are uniform up to .35 of a pipeline's CPU seconds, so that kills fall everywhere in it; one that
+    gets through begins anew in another folder until all kills are spent."""
+    wanted, seconds = undisturbed
+    rng, kills, runs, starts = random.Random(SEED), [], 0, collections.Counter()
+    began, life = time.monotonic(), rng.uniform(0, 0.35 * seconds)
+    while len(kills) < KILLS:
+        one = pipeline(f"killed_{runs}")
+        for name in one.COMMANDS:
+            while True:
+                starts[name] += 1
+                process = one.start(name)
+                life -= one.live(process, life if len(kills) < KILLS else float("inf"))
+                if life > 0 or len(kills) == KILLS:
+                    assert process.returncode == 0, one.said(name)[-3000:]
+                    break
+                kills.append(name)
+                said = (one.said(name).splitlines() or ["nothing yet"])[-1][:90]
+                print(f"kill {len(kills)}, {time.monotonic() - began:.0f} s, {name}: {said}", flush=True)
+                life = rng.uniform(0, 0.35 * seconds)
+        one.equals(wanted)
+        assert "Traceback" not in "".join(map(one.said, one.COMMANDS))
+        runs += 1
+        print(f"pipeline {runs} is whole and equal to the bit", flush=True)
+    print(
+        f"{len(kills)} kills: {dict(collections.Counter(kills))}; starts {dict(starts)}; {runs} pipelines of "
+        f"{seconds:.0f} CPU seconds undisturbed; {time.monotonic() - began:.0f} s"
+    )

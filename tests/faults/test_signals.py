@@ -1,0 +1,75 @@
+"""SIGTERM, a full disk and a second command, over the whole pipeline as users start it."""
+
+import random
+import re
+import signal
+import subprocess
+
+import pytest
+
+pytestmark = pytest.mark.faults
+
+
+def test_sigterm_at_random_moments_ends_well_and_changes_nothing(pipeline, undisturbed):
+    """Twelve of them, over run and evaluate."""
+    wanted, seconds = undisturbed
+    one, rng = pipeline("terminated"), random.Random(1)
+    for name, times in (("run", 8), ("evaluate", 4)):
+        for _ in range(times):
+            process = one.start(name)
+            one.live(process, rng.uniform(0.05, 0.35) * seconds, signal.SIGTERM)
+            # Before Python runs there is no handler: what has not begun may end as the kernel has it.
+            assert process.returncode in (0, -signal.SIGTERM), one.said(name)[-3000:]
+        one.do(name)
+    one.do("report")
+    found = one.outcome()
+    steps = found.pop("steps")
+    for folder, rows in steps.items():  # a step that was saved off the schedule has a row of its own
+        logged = [step for step, _ in rows]
+        assert logged == sorted({*logged}) and {s for s, _ in wanted["steps"][folder]} <= {*logged}
+    one.equals({part: wanted[part] for part in found})
+    assert "Traceback" not in one.said("run") + one.said("evaluate")
+    said = one.said("run") + one.said("evaluate")
+    saved = re.findall(r"(\w+): SIGTERM, saved at step (\d+)", said)
+    print(f"{said.count('SIGTERM: what is finished is saved')} times SIGTERM; within training: {saved}")
+
+
+def test_a_second_run_or_evaluation_is_refused_and_disturbs_nothing(pipeline, undisturbed):
+    one = pipeline("twice")
+    first = one.until("run", "pretrain 1/6")
+    second = one.start("run")
+    assert second.wait(120) == 1
+    assert f"is in the hands of another run, process {first.pid}" in one.said("run")
+    assert first.wait() == 0
+    first = one.until("evaluate", "evaluate seed 0 1/")
+    assert one.start("evaluate").wait(120) == 1 and first.wait() == 0
+    one.do("report")
+    one.equals(undisturbed[0])
+
+
+def test_a_full_disk_is_one_line_at_any_size_and_room_lets_it_go_on(pipeline, undisturbed):
+    """The workdir is a file system of its own, made larger after every failure."""
+    one, failures, size = pipeline("full"), 0, 100
+    one.workdir.mkdir()
+
+    def mount(size, *options):
+        command = ["mount", "-t", "tmpfs", "-o", ",".join([*options, f"size={size}"]), "tmpfs", one.workdir]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+    if not mount(f"{size}k"):
+        pytest.skip("mounting is not permitted here")
+    try:
+        for name in one.COMMANDS:
+            while one.start(name).wait(600):
+                failures += 1
+                last = one.said(name).splitlines()[-1]
+                assert last.startswith("error: ") and "what is finished is kept" in last, one.said(name)[
+                    -3000:
+                ]
+                print(f"{name} in {size} KiB: {last[:150]}", flush=True)
+                size = int(size * 1.7)
+                assert mount(f"{size}k", "remount")
+        assert failures > 3 and "Traceback" not in "".join(map(one.said, one.COMMANDS))
+        one.equals(undisturbed[0])
+    finally:
+        subprocess.run(["umount", one.workdir], check=True)

@@ -1,0 +1,111 @@
+"""One run at a time in a workdir, files that are whole or not there, and errors of the disk in one line."""
+
+import errno
+import fcntl
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.command import one_line
+from experiments.workdir import alone, append_rows, read_rows, write_text
+from genret.catalogue import format
+from genret.types import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+HOLD = """
+import sys, time
+from pathlib import Path
+from experiments.workdir import alone
+with alone(Path(sys.argv[1]), "run"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_second_run_is_refused_until_the_first_ends_even_by_kill_9(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    ) as other:  # fmt: skip
+        assert other.stdout.readline() == "held\n"
+        wanted = f"^--workdir: {tmp_path} is in the hands of another run, process {other.pid} on "
+        with pytest.raises(InputError, match=wanted), alone(tmp_path, "run"):
+            pass
+        with alone(tmp_path, "evaluate"):  # beside a run, as --follow does
+            with pytest.raises(InputError, match="another evaluate"), alone(tmp_path, "evaluate"):
+                pass
+        other.kill()
+    with alone(tmp_path, "run"):
+        pass
+
+
+def test_a_file_system_without_locks_lets_everybody_in(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with alone(tmp_path, "run"), alone(tmp_path, "run"):
+        pass
+
+
+@pytest.fixture
+def files_of_4_kib():
+    """No file grows past 4 KiB: what a quota does. The kernel's signal is ignored, as Python does."""
+    old, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, old[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_what_does_not_fit_leaves_the_old_file_and_says_so(tmp_path, files_of_4_kib):
+    write_text(tmp_path / "a.json", json.dumps("old"))
+    append_rows(tmp_path / "rows.jsonl", [{"row": 1}])
+    for write in (
+        lambda: write_text(tmp_path / "a.json", "x" * 5000),
+        lambda: append_rows(tmp_path / "rows.jsonl", [{"row": "x" * 5000}]),
+    ):
+        with pytest.raises(OSError) as caught:
+            write()
+        assert one_line(caught.value).endswith("make room, and start again: what is finished is kept")
+    assert json.loads((tmp_path / "a.json").read_text()) == "old"
+    assert read_rows(tmp_path / "rows.jsonl") == [{"row": 1}]
+
+
+def test_a_catalogue_that_does_not_fit_leaves_nothing(molecules, tmp_path):
+    """Its cache, in a process whose files stay below 64 KiB."""
+    build = (
+        "import resource, sys; from pathlib import Path; from genret.catalogue.format import load;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536));"
+        "load(Path(sys.argv[1]), cache=sys.argv[2])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", build, molecules.path, tmp_path], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 1 and "File too large" in done.stderr, done.stderr
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert format.load(molecules.path, cache=tmp_path).num_items == molecules.num_items
+
+
+def test_a_workdir_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(OSError) as caught, alone(tmp_path / "file", "run"):
+        pass
+    assert one_line(caught.value).startswith(f"{tmp_path / 'file'}: File exists. use a folder that can be")
+    read_only = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", tmp_path]
+    if subprocess.run(read_only, capture_output=True).returncode:
+        return  # mounting is not permitted here
+    try:
+        with pytest.raises(OSError) as caught, alone(tmp_path, "run"):
+            pass
+        assert "Read-only file system. use a folder that can be written" in one_line(caught.value)
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
