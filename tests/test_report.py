@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from experiments import report
-from experiments.packed import decode, encode, read_packed, save_packed
+from experiments.packed import read_packed, save_packed
 from experiments.report_rows import portable, read_about, read_results, read_run
 from experiments.report_tables import again, make_table, predictor_rows, sides, steps, text_report, text_table
 from genret.types import InputError
@@ -359,57 +359,6 @@ def test_a_packed_file_gives_the_same_report(full, tmp_path, capsys):
     assert header["environment"]["packed with"].keys() == {"jax", "flax"}
     # Packed again it is the same file.
     assert save_packed(b, tmp_path / "again.jsonl").read_text() == text
-
-
-def test_a_packed_file_is_small(tmp_path):
-    """5 seeds, 8 cells, 300 contexts, 60 methods: below 1.5 MB."""
-    rng, rows = np.random.default_rng(0), []
-    cells = [(s, d) for s in ("item_holdout", "pattern_holdout") for d in "abcd"]
-    for m in range(60):
-        for seed in range(5):
-            for split, domain in cells:
-                row = rows_by_hand()[0] | {
-                    "method": f"method of a long enough name {m}",
-                    "seed": seed,
-                    "k": 20,
-                }
-                row |= {
-                    "split": split,
-                    "domain": domain,
-                    "setting": ["sft", 0.0, 0.9],
-                    "ann_recall": 0.999123,
-                }
-                row |= {
-                    n: round(rng.random(), 6) for n in ("joint", "attribute", "purity", "normalised_joint")
-                }
-                lists = {n: rng.integers(21, size=300).tolist() for n in ("joint", "attribute", "purity")}
-                row["per_context"] = {"pattern": list(range(300)), **lists}
-                rows.append(row)
-    path = save_packed(read_results(save(tmp_path, rows)), tmp_path / "packed.jsonl")
-    assert path.stat().st_size < 1_500_000
-    assert len(read_packed(path).hits) == 60 * 8 * 3
-
-
-@pytest.mark.parametrize("most", [0, 35, 36, 1295, 1296])
-def test_counts_survive_their_encoding(most):
-    counts = np.append(np.random.default_rng(most).integers(most + 1, size=40), most)
-    said = encode(counts)
-    assert isinstance(said, list) == (most == 1296)
-    assert len(said) == 41 * (1 + (35 < most < 1296))
-    np.testing.assert_array_equal(decode(said, 41), counts)
-    with pytest.raises(InputError, match="41|82"):
-        decode(said, 40)
-    # By hand: 35 is z, 36 is 10 in base 36.
-    assert encode(np.array([3, 35])) == "3z" and encode(np.array([3, 36])) == "0310"
-
-
-@pytest.mark.parametrize("text", ["", "{}\n", '{"genret": "results", "version": 2}\n', "no json", "[1]\n"])
-def test_refuses_what_is_no_packed_file(tmp_path, text):
-    (tmp_path / "x.jsonl").write_text(text)
-    with pytest.raises(InputError, match="is not a packed run"):
-        read_packed(tmp_path / "x.jsonl")
-    with pytest.raises(InputError, match="does not exist"):
-        read_packed(tmp_path / "y.jsonl")
 
 
 def test_rows_of_old_files_are_of_the_main_table(workdir):

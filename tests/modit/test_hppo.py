@@ -378,18 +378,13 @@ def test_a_later_round_without_a_pair_keeps_those_before(
     parts, fitted, reference, tmp_path, capsys, monkeypatch
 ):
     _, refresh, calls = parts(fitted, tmp_path, contexts=8)
-    first = refresh(0, reference)
-    impossible = dataclasses.replace(RULE, margin=K + 1)
-    select = hppo.select_pairs
-    monkeypatch.setattr(
-        hppo, "select_pairs", lambda rng, pool, counts, _: select(rng, pool, counts, impossible)
-    )
+    first, select = refresh(0, reference), hppo.select_pairs
+    none = dataclasses.replace(RULE, margin=K + 1)
+    monkeypatch.setattr(hppo, "select_pairs", lambda rng, pool, counts, _: select(rng, pool, counts, none))
     again = refresh(1, reference)
     assert len(calls) == 1 and "no pair in 8 contexts" in capsys.readouterr().out
-    for name in ("items", "domain", "winner", "loser", "card"):
-        np.testing.assert_array_equal(again[name], first[name])
+    assert leaves_equal({**again, "report": 0}, {**first, "report": 0})
     assert json.loads(str(again["report"])) == {"round": 1, "contexts": 8, "pairs": 0, "empty_pools": 8}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["pairs_0.npz", "pairs_1.npz"]
 
 
 def test_held_out_rows_change_no_pair(parts, fitted, reference, splits, tmp_path, capsys):
