@@ -59,4 +59,7 @@ def test_sets_are_trained_alike(sets_of, tmp_path, mesh, block, regression):
     options, begun = FitOptions(4, learning_rate=1e-3, warmup=1), moved(retriever)
     # From zero all rows are equally far from all targets, and rounding alone decides how they are matched.
     found = (fit(stage, tmp_path / str(m.size), options, mesh=m, init_from=begun) for m in (ONE, mesh))
-    agree(*(state.params for state in found))
+    one, other = (jax.device_get(state.params) for state in found)
+    total = lambda a, b: sum(map(lambda x, y: np.abs(x - y).sum(), *map(jax.tree.leaves, (a, b))))  # noqa: E731
+    # Gradients that are zero but for rounding, of the keys' bias say, move a parameter at random.
+    assert total(one, other) < 0.01 * total(one, begun)
