@@ -12,8 +12,8 @@ that needs more memory than a device has shows here. Nothing is built, trained o
 fitted run knows, cells are as large as they were in others, prompts and answers as long as they may be.
 
 Figures are per device: bytes of arguments (state, frozen arrays and batch), of temporaries and of outputs
-that are no donated argument; FLOPs of one step as its compiler counts them, or the whole step's over the
-devices where it does not count; and collectives in the program.
+that are no donated argument; FLOPs of one step as its compiler counts them (where it does not, those of the
+forward and backward pass that `fit` logs, over the devices); and collectives in the program.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from experiments.abstract import abstract_fanout_run, abstract_run
 from experiments.command import launch
 from experiments.workdir import write_text
 from genret.training import mesh as meshes
-from genret.training.loop import FitOptions, begin, compiled_step
+from genret.training.loop import FitOptions, begin, compiled_step, flops_per_step
 from genret.training.stage import Stage
 from genret.types import InputError, PyTree
 
@@ -73,6 +73,7 @@ def devices_of(topology: str) -> Sequence[jax.Device]:
     count = math.prod(map(int, shape.split("x")))
     if kind == "cpu":
         return _simulated(count)
+    jax.config.update("jax_enable_compilation_cache", False)  # without the device it cannot be read back
     try:
         if kind not in GPUS:
             os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu asks the network who it is
@@ -104,21 +105,24 @@ def compile_stage(stage: Stage, options: FitOptions, mesh: Mesh) -> dict[str, An
     placed = meshes.shardings(state, mesh, stage.rules)
     batch = stage.batch(0, state.params)
     step, *_ = compiled_step(stage, options, mesh, placed, batch)
-    lowered = step.lower(*shapes_of((state, stage.frozen, batch)))
+    shapes = shapes_of((state.params, stage.frozen, batch))
+    lowered = step.lower(state, *shapes[1:])
     row = {"stage": stage.name, "parameters": sum(x.size for x in jax.tree.leaves(state.params))}
-    return row | {"batch": len(jax.tree.leaves(batch)[0])} | costs(lowered, mesh.size)
+    row |= {"batch": len(jax.tree.leaves(batch)[0])} | costs(lowered)
+    if not row["flops"]:
+        row["flops"] = flops_per_step(stage, options, *shapes) / mesh.size
+    return row
 
 
-def costs(lowered: jax.stages.Lowered, devices: int) -> dict[str, Any]:
-    """Bytes, FLOPs and collectives per device of a program, compiled."""
+def costs(lowered: jax.stages.Lowered) -> dict[str, Any]:
+    """Bytes, FLOPs (0 where the compiler counts none) and collectives per device of a program, compiled."""
     compiled = lowered.compile()
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-    flops = cost["flops"] if cost else (lowered.cost_analysis() or {}).get("flops", 0) / devices
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
     return {
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        "flops": float(flops),
+        "flops": float(cost.get("flops", 0)),
         "collectives": len(COLLECTIVE.findall(compiled.as_text())),
     }
 

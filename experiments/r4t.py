@@ -54,8 +54,11 @@ def options(section: ConfigDict, seed: int, **changes: Any) -> FitOptions:
 
 def open_fanout(config: ConfigDict, encoder: TextEncoder) -> FanoutData:
     """The data set that a config names, embedded on first use. Raises InputError for a missing `raw`."""
-    encode = functools.partial(encoder.encode, batch_size=128)
-    make = lambda: embed(fanout_texts(config), encode, cache=config.fanout.folder)  # noqa: E731
+
+    def make() -> FanoutData:
+        texts = fanout_texts(config)
+        return embed(texts, functools.partial(encoder.encode, batch_size=128), cache=config.fanout.folder)
+
     return processes.first("fan-out data", make)
 
 

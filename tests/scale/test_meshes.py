@@ -11,7 +11,7 @@ from genret.training.loop import FitOptions, fit
 from genret.training.mesh import make_mesh
 from tests.r4t.conftest import sets_of
 from tests.r4t.test_policy import ONE, PAIRS, QUERIES, base, make_policy, make_rewards
-from tests.r4t.test_stages import units
+from tests.r4t.test_stages import moved, units
 
 pytestmark = pytest.mark.scale
 __all__ = ["base", "sets_of"]  # fixtures
@@ -56,5 +56,10 @@ def test_sets_are_trained_alike(sets_of, tmp_path, mesh, block, regression):
     stage = stages.make_stage(
         "set", retriever, stages.fit_space(sets, queries), sets, queries, batch=32, regression=regression
     )
-    options = FitOptions(4, learning_rate=1e-3, warmup=1)
-    agree(*(fit(stage, tmp_path / str(m.size), options, mesh=m).params for m in (ONE, mesh)))
+    options, begun = FitOptions(4, learning_rate=1e-3, warmup=1), moved(retriever)
+    # From zero all rows are equally far from all targets, and rounding alone decides how they are matched.
+    found = (fit(stage, tmp_path / str(m.size), options, mesh=m, init_from=begun) for m in (ONE, mesh))
+    one, other = (jax.device_get(state.params) for state in found)
+    total = lambda a, b: sum(map(lambda x, y: np.abs(x - y).sum(), *map(jax.tree.leaves, (a, b))))  # noqa: E731
+    # Gradients that are zero but for rounding, of the keys' bias say, move a parameter at random.
+    assert total(one, other) < 0.01 * total(one, begun)
