@@ -120,7 +120,7 @@ def get_config(argument: str = "") -> ConfigDict:
         fit=fit_options(0, rate, warmup=5, log_every=20),  # steps and checkpoints follow the rounds
     )
     c.retrieval = dict(
-        weight=1.0,  # of the retrieval-aware term in HPPO; 0 = the paper's recipe
+        weight=1.0,  # of the retrieval-aware term in HPPO, ours; 0 turns it off
         temperature=0.035,  # of its softmax over cosines
         corpus=32_768,  # its candidates per step
     )
