@@ -99,11 +99,11 @@ def get_config(argument: str = "") -> ConfigDict:
         shard=8 if tiny else 32,  # queries written at a time
     )
     c.diffusion = dict(
-        size="test" if tiny else "r4t" if paper else "demo",  # see r4t/stages.py
+        size={"test": "test", "demo": "demo", "evidence": "wide", "paper": "r4t"}[arg.size],  # see r4t/stages.py
         block="paper" if paper else "adaln",  # paper: positions, no adaLN
         rows=0,  # L; 0 = k, the paper trains 12 and emits 10
         centred=False,  # True: the diffusion runs on the residual to the query
-        dims=0 if paper else 8 if tiny else 64,  # principal directions of the rows it runs in; 0 = all
+        dims={"test": 8, "demo": 64, "evidence": 128, "paper": 0}[arg.size],  # principal directions; 0 = all
         noise="log_normal",  # or log_uniform
         drop=0.1,  # share of dropped conditions, for guidance
         batch=512 if paper else 16 if tiny else 32,  # sets per step; on a CPU small ones teach faster

@@ -28,7 +28,8 @@ from genret.r4t.synthesis import SyntheticSets
 from genret.training.stage import Stage
 from genret.types import Array, Batch, Condition, Draw, InputError, PyTree, Terms
 
-SIZES = dit.SIZES | {"r4t": (1024, 6, 16)}  # the paper's, 53 M parameters with its block
+# r4t: the paper's, 53 M parameters with its block.
+SIZES = dit.SIZES | {"wide": (256, 3, 8), "r4t": (1024, 6, 16)}
 
 
 def set_dit(
