@@ -24,6 +24,8 @@ BUDGET = {
     "evidence": ((80, 40, 24_000), 2_400, (8, 8)),
     "paper": ((200, 1_000, 1_000_000), 10_000, (64, 8)),
 }
+# the set diffusion's network, and the directions it runs in
+NETWORK = {"test": ("test", 8), "demo": ("demo", 64), "evidence": ("wide", 128), "paper": ("r4t", 0)}
 DATA = ("words", "playlists", "fashion", "polyvore")
 
 
@@ -35,6 +37,7 @@ def get_config(argument: str = "") -> ConfigDict:
     if arg.data not in DATA:
         raise InputError("data", f"unknown data {arg.data!r}", f"use one of {', '.join(DATA)}")
     (warm, rl, diffusion), warmed, (count, group) = BUDGET[arg.size]
+    network, dims = NETWORK[arg.size]
     tiny, paper, quick = arg.size == "test", arg.size == "paper", arg.size in ("test", "demo")
     given = ",".join(f"{k}={v}" for k, v in vars(arg).items() if v and k not in ("seeds", "ablations"))
 
@@ -99,11 +102,11 @@ def get_config(argument: str = "") -> ConfigDict:
         shard=8 if tiny else 32,  # queries written at a time
     )
     c.diffusion = dict(
-        size={"test": "test", "demo": "demo", "evidence": "wide", "paper": "r4t"}[arg.size],  # see r4t/stages.py
+        size=network,  # see r4t/stages.py
         block="paper" if paper else "adaln",  # paper: positions, no adaLN
         rows=0,  # L; 0 = k, the paper trains 12 and emits 10
         centred=False,  # True: the diffusion runs on the residual to the query
-        dims={"test": 8, "demo": 64, "evidence": 128, "paper": 0}[arg.size],  # principal directions; 0 = all
+        dims=dims,  # principal directions of the rows it runs in; 0 = all
         noise="log_normal",  # or log_uniform
         drop=0.1,  # share of dropped conditions, for guidance
         batch=512 if paper else 16 if tiny else 32,  # sets per step; on a CPU small ones teach faster
