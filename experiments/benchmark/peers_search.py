@@ -17,15 +17,15 @@ import numpy as np
 from experiments.benchmark.lines import exact_scores
 from experiments.benchmark.measure import Work, threads
 from experiments.benchmark.world import World
-from genret.retrieval.index import recall_by_score, scann_index
+from genret.retrieval.index import ScannIndex, recall_by_score, scann_index
 
 TARGETS = (0.9, 0.99)
 LINKS, BUILD = 32, 200  # of both HNSW graphs: M and efConstruction
 EF = (1, 1.5, 2, 3, 5, 8, 12, 20, 40, 80)  # ef of a search, in K
 # ScaNN's ladder: share of the leaves searched (where there is a tree), candidates rescored in K.
 LEAVES = (
-    (0.003, 1), (0.003, 1.5), (0.006, 1.5), (0.006, 2), (0.01, 3), (0.02, 5), (0.05, 10), (0.1, 20),
-    (0.2, 40), (0.5, 80), (1.0, 150),
+    (0.003, 1), (0.003, 1.5), (0.006, 1.5), (0.01, 2), (0.01, 3), (0.02, 5), (0.03, 5), (0.05, 5), (0.08, 5),
+    (0.12, 5), (0.2, 5), (0.3, 5), (0.5, 10), (0.5, 80), (1.0, 150),
 )  # fmt: skip
 
 Search = Callable[[np.ndarray, int], np.ndarray]
@@ -97,7 +97,17 @@ def hnswlib_graph(world: World):
 @built
 def scann(world: World):
     """ScaNN as `scann_index` builds it, with leaves and rescoring chosen at search time."""
-    index = scann_index(world.vectors, k=world.scale.depth)
+    return _scann(world, scann_index(world.vectors, k=world.scale.depth))
+
+
+@built
+def scann_soar(world: World):
+    """The same with three times the leaves, and every item in two."""
+    leaves = 3 * round(len(world.vectors) ** 0.5)
+    return _scann(world, scann_index(world.vectors, k=world.scale.depth, num_leaves=leaves, soar=True))
+
+
+def _scann(world: World, index: ScannIndex) -> tuple[str, list[tuple[int, int]], Callable]:
     leaves, items, k = 2 * index.leaves, len(world.vectors), world.scale.depth
     settings = []
     for share, rescored in LEAVES:
@@ -159,6 +169,7 @@ LINES: dict[str, Callable[[World], Work]] = {"faiss flat": faiss_flat}
 for _target in TARGETS:
     _ours = f"scann at recall {_target}"
     LINES[_ours] = functools.partial(at_recall, make=scann, target=_target)
+    LINES[f"scann soar at recall {_target}"] = functools.partial(at_recall, make=scann_soar, target=_target)
     for _name, _make in (("faiss hnsw", faiss_hnsw), ("hnswlib", hnswlib_graph)):
         LINES[f"{_name} at recall {_target}"] = functools.partial(
             at_recall, make=_make, target=_target, peer_of=_ours

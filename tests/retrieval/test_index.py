@@ -172,8 +172,8 @@ def test_inputs_are_checked_before_the_search():
 
 @pytest.mark.parametrize(
     ("n", "options"),
-    [(2000, {}), (20_000, {}), (20_000, {"num_leaves": 141})],
-    ids=["brute force", "hashing", "tree"],
+    [(2000, {}), (20_000, {}), (20_000, {"num_leaves": 141}), (20_000, {"num_leaves": 141, "soar": True})],
+    ids=["brute force", "hashing", "tree", "tree, SOAR"],
 )
 @pytest.mark.parametrize("k", [28, 50])
 def test_scann_defaults_find_all_but_a_thousandth(n, options, k):
@@ -191,6 +191,20 @@ def test_scann_defaults_find_all_but_a_thousandth(n, options, k):
     for kind in np.split(np.arange(300), 3):  # items, near means, means of unrelated items
         assert recall(ids[kind], exact_ids[kind]) >= 0.999
         assert recall_by_score(scores[kind], exact_scores[kind]) >= 0.999
+
+
+def test_soar_finds_more_in_as_many_leaves():
+    pytest.importorskip("scann", reason="no ScaNN wheel for this platform")
+    rng = np.random.default_rng(6)
+    embeddings = rng.normal(size=(20_000, 24)).astype(np.float32)  # no clusters: neighbours across borders
+    embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+    queries = embeddings[:200]
+    exact_ids, _ = ExactIndex(embeddings).search(queries, 20)
+    few = dict(k=20, num_leaves=141, leaves_to_search=6)
+    found = {s: scann_index(embeddings, soar=s, **few).search(queries, 20)[0] for s in (False, True)}
+    assert all(len(set(row)) == 20 for row in found[True].tolist())  # none twice, though in two leaves
+    missed = {s: 1 - recall(ids, exact_ids) for s, ids in found.items()}
+    assert missed[True] < 0.7 * missed[False]
 
 
 def test_scann_searched_deeper_than_its_leaves_still_answers():
