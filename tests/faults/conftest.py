@@ -9,33 +9,16 @@ import time
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
 
-from genret.catalogue import format
+from tests.commands import ENVIRONMENT, ROOT, states, write_catalogue
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+# A cache of its own, that keeps the shortest compilation too: kills shall fall into the work itself.
+CACHE = {
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax_faults"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": str(ROOT),
 }
-
-
-def write_catalogue(path):
-    """1,200 items around 24 centres; attribute `a` is a direction, `b` chance."""
-    rng = np.random.default_rng(0)
-    pattern, has = np.arange(1200) % 24, rng.random(1200) < 0.4
-    x = rng.normal(size=(24, 16))[pattern] + 0.5 * rng.normal(size=(1200, 16))
-    x += 1.2 * has[:, None] * rng.normal(size=16)
-    x /= np.linalg.norm(x, axis=1, keepdims=True)
-    attributes = {"a": has, "b": rng.random(1200) < 0.3}
-    ids = [f"item {i}" for i in range(1200)]
-    format.write(path, ids=ids, embeddings=np.float32(x), attributes=attributes, patterns=pattern)
 
 
 class Pipeline:
@@ -45,7 +28,7 @@ class Pipeline:
 
     def __init__(self, folder, *more, devices=1):
         self.folder, self.workdir, self.more = folder, folder / "run", more
-        self.environment = os.environ | ENVIRONMENT
+        self.environment = os.environ | ENVIRONMENT | CACHE
         several = f"--xla_force_host_platform_device_count={devices}"
         self.environment["XLA_FLAGS"] = several if devices > 1 else ""
         folder.mkdir(exist_ok=True)
@@ -119,7 +102,9 @@ class Pipeline:
         """All that must not depend on what happened meanwhile: parameters, rows, steps, files, tables."""
         return {
             "parameters": {
-                str(path.parent.relative_to(self.workdir)): parameters(path)
+                str(path.parent.relative_to(self.workdir)): {
+                    step: jax.tree.leaves(state) for step, state in states(path.parent).items()
+                }
                 for path in sorted(self.workdir.rglob("checkpoints"))
             },
             "rows": (self.workdir / "results.jsonl").read_text().splitlines(),
@@ -137,20 +122,6 @@ def logged(workdir):
         found = [json.loads(line) for line in path.read_text().splitlines()]
         rows[str(path.parent.relative_to(workdir))] = [(row["step"], row["loss"]) for row in found]
     return rows
-
-
-def parameters(checkpoints):
-    """Step -> the whole state of every checkpoint that is kept, as NumPy arrays."""
-    import orbax.checkpoint as ocp
-
-    reader, found = ocp.PyTreeCheckpointer(), {}
-    for step in sorted(int(path.name) for path in checkpoints.glob("[0-9]*") if path.name.isdigit()):
-        at = checkpoints / str(step) / "state"
-        plain = jax.tree.map(
-            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(at).item_metadata.tree
-        )
-        found[step] = jax.tree.leaves(reader.restore(at, restore_args=plain))
-    return found
 
 
 @pytest.fixture(scope="session")

@@ -10,11 +10,10 @@ import pytest
 from experiments.workdir import read_rows
 from genret.catalogue import words
 from genret.retrieval.index import ExactIndex
+from tests.commands import command, parameters, together, write_catalogue
 from tests.language.conftest import write_gguf
-from tests.training.test_processes import catalogue, command, parameters, together
 
 pytestmark = pytest.mark.scale
-__all__ = ["catalogue"]  # a fixture
 
 MODIT = ("predictor", "pretrain", "cpt", "sft", "hppo", "sft_mse", "sft_retrieval", "contrastive_labels_4")
 R4T = ("warm", "folm", "diffusion", "regressor")
@@ -45,8 +44,9 @@ def compared(config, one, two, count, stages, methods):
     return [read_rows(run / "results.jsonl") for run in (one, two)]
 
 
-def test_four_processes_are_one(catalogue, tmp_path):
+def test_four_processes_are_one(tmp_path):
     """Every stage and every rival, on a mesh of two batch shards by two of the parameters."""
+    write_catalogue(catalogue := tmp_path / "small.parquet")
     config = [
         f"--config=experiments/configs/modit.py:size=test,data={catalogue}",
         "--config.evaluation.index=exact", "--config.hppo.contexts=48",

@@ -5,83 +5,18 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from experiments.workdir import read_rows
-from genret.catalogue import format
 from genret.training import processes
 from genret.types import InputError
-
-ROOT = Path(__file__).resolve().parent.parent.parent
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax_tests"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-    "PYTHONPATH": str(ROOT),
-}
-
-
-def begin(command, count=2, devices=1):
-    """The processes of `python command`; flags of --multihost are added where count exceeds one."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | ENVIRONMENT
-    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-    flags = ["--multihost", f"--coordinator=localhost:{port}", f"--num_processes={count}"]
-    return [
-        subprocess.Popen(
-            [sys.executable, *command, *([*flags, f"--process_id={i}"] if count > 1 else [])],
-            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for i in range(count)
-    ]  # fmt: skip
-
-
-def together(command, count=2, devices=1, fails=False, patience=500):
-    """stdout of every process; with `fails`, stdout and stderr."""
-    started = begin(command, count, devices)
-    try:
-        said = [process.communicate(timeout=patience) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert all((p.returncode != 0) == fails for p in started), said
-    return said if fails else [out for out, _ in said]
-
-
-# A command like those of experiments, whose body is given.
-COMMAND = """
-import sys, time
-from pathlib import Path
-import jax
-import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec as P
-from experiments.command import launch
-from genret.training import processes
-from genret.training.mesh import local, make_mesh
-
-def main(workdir):
-    index = jax.process_index()
-    {body}
-
-launch(main, config=False)
-"""
-
-
-def command(body, workdir):
-    body = body.strip().replace("\n", "\n    ")
-    return ["-c", COMMAND.format(body=body), f"--workdir={workdir}"]
+from tests.commands import ENVIRONMENT, ROOT, begin, command, parameters, together, write_catalogue
 
 
 def test_one_process_needs_nobody():
@@ -229,35 +164,9 @@ def test_sigterm_to_one_stops_all_at_one_step_a_lost_one_ends_all_and_fewer_go_o
     assert sums[0] == pytest.approx(sums[1], abs=1e-4)
 
 
-@pytest.fixture(scope="module")
-def catalogue(tmp_path_factory):
-    """1,200 items around 24 centres; attribute `a` is a direction, `b` chance."""
-    rng = np.random.default_rng(0)
-    pattern, has = np.arange(1200) % 24, rng.random(1200) < 0.4
-    x = rng.normal(size=(24, 16))[pattern] + 0.5 * rng.normal(size=(1200, 16))
-    x += 1.2 * has[:, None] * rng.normal(size=16)
-    x /= np.linalg.norm(x, axis=1, keepdims=True)
-    path = tmp_path_factory.mktemp("catalogue") / "small.parquet"
-    attributes = {"a": has, "b": rng.random(1200) < 0.3}
-    ids = [f"item {i}" for i in range(1200)]
-    format.write(path, ids=ids, embeddings=np.float32(x), attributes=attributes, patterns=pattern)
-    return path
-
-
-def parameters(folder):
-    """The newest checkpoint's parameters, as NumPy arrays."""
-    import orbax.checkpoint as ocp
-
-    state = max((folder / "checkpoints").glob("[0-9]*"), key=lambda p: int(p.name)) / "state"
-    reader = ocp.PyTreeCheckpointer()
-    plain = jax.tree.map(
-        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(state).item_metadata.tree
-    )
-    return reader.restore(state, restore_args=plain)["params"]
-
-
-def test_two_processes_train_and_evaluate_what_one_does(catalogue, tmp_path):
+def test_two_processes_train_and_evaluate_what_one_does(tmp_path):
     """On the same mesh of two devices, parameters sharded over it; what one process pretrained is read."""
+    write_catalogue(catalogue := tmp_path / "small.parquet")
     config = [
         f"--config=experiments/configs/modit.py:size=test,data={catalogue}",
         "--config.evaluation.index=exact", "--config.retrieval.weight=0.0", "--config.hppo.rounds=1",
