@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -13,8 +14,9 @@ from typing import Any
 
 import jax
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
+from experiments.workdir import tells
 from genret.training import preemption, processes
 from genret.types import InputError
 
@@ -53,6 +55,8 @@ def launch(
         if jax.config.jax_compilation_cache_dir is None:
             jax.config.update("jax_compilation_cache_dir", str(Path(".cache/jax").resolve()))
         given = [configs.value] if config else []
+        if config:
+            tell_overrides(configs.value, config_flags.get_override_values(flags.FLAGS["config"]))
         if workdir is not None:
             given.append(None if folder.value is None else Path(folder.value))
         if together:  # those that go on where they were
@@ -70,6 +74,13 @@ def launch(
 
     flags.mark_flags_as_required(["config"] * config + ["workdir"] * bool(workdir))
     app.run(run)
+
+
+def tell_overrides(config: ConfigDict, overrides: dict[str, Any]) -> None:
+    """Adds to the config's `command` what `--config.LEAF=VALUE` gave, as far as it makes the run another."""
+    parts = [f"--config.{leaf}={value}" for leaf, value in sorted(overrides.items()) if tells(leaf)]
+    if "command" in config:
+        config.command = " ".join([config.command, *map(shlex.quote, parts)])
 
 
 def _multihost_flags() -> tuple[flags.FlagHolder, ...]:

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import socket
 import zlib
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,7 @@ REWRITE = "evaluate again in a new --workdir"
 # Leaves of a config's sections that a later command of the same run may give otherwise.
 FREE = {"catalogue": ("folder",), "fanout": ("folder",)}
 FREE |= {"evaluation": ("part", "runs", "repeated", "latency")}
+JOIN = ("seeds", "ablations", "mesh", "command", "environment")  # whole sections, likewise
 
 
 @contextlib.contextmanager
@@ -152,13 +154,20 @@ def same_run(config: ConfigDict, arrays: Sequence[np.ndarray], workdir: Path) ->
     if "command" in new:
         joined = {"seeds": map(str, new["seeds"]), "ablations": new.get("ablations", ())}
         said = (f",{name}={'+'.join(values)}" for name, values in joined.items())
-        new["command"] += "".join(part for part in said if not part.endswith("="))
-        new["command"] += f" --workdir=runs/{workdir.resolve().name}"
+        file, *overrides = re.split(r"(?= '?--config\.)", new["command"])
+        file += "".join(part for part in said if not part.endswith("="))
+        new["command"] = "".join([file, *overrides, f" --workdir=runs/{workdir.resolve().name}"])
     write_text(path, json.dumps(new, indent=1, sort_keys=True))
 
 
+def tells(leaf: str) -> bool:
+    """Whether a leaf, "section.name", is part of what makes a run this run."""
+    section, _, name = leaf.partition(".")
+    return section not in JOIN and name not in FREE.get(section, ())
+
+
 def _what(config: dict[str, Any], name: str) -> Any:
-    if name in ("seeds", "mesh", "command", "environment", "ablations"):
+    if name in JOIN:
         return None
     value, free = config.get(name), FREE.get(name, ())
     return {k: v for k, v in value.items() if k not in free} if isinstance(value, dict) else value

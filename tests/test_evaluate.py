@@ -10,6 +10,7 @@ import time
 import pytest
 
 from experiments import evaluate
+from experiments.command import tell_overrides
 from experiments.configs import modit
 from experiments.modit import Run, open_run, options
 from experiments.report_rows import read_about
@@ -167,7 +168,22 @@ def test_the_command_and_the_machine_are_kept_beside_the_config(molecules, tmp_p
     about = read_about(tmp_path)
     assert about.command == f"{said},seeds=0+2,ablations=order{where}" and about.environment["jax"] != "0"
     assert not {"command", "environment"} & about.config.keys()
+    # Overrides do, but for a folder and a mesh; they follow the config's file and what has joined.
+    other = modit.get_config("size=test")
+    given = {
+        "seeds": (2,),
+        "latent.sizes": (4, 8),
+        "catalogue.folder": "/mine",
+        "mesh.fsdp": 2,
+        "model.size": "B",
+    }
+    tell_overrides(other, given)
+    other.seeds = (2,)
+    same_run(other, molecules.arrays, tmp_path / "other")
+    told = " '--config.latent.sizes=(4, 8)' --config.model.size=B --workdir=runs/other"
+    assert read_about(tmp_path / "other").command == f"{said},seeds=2{told}"
     silent = modit.get_config("size=test")
     del silent.command
+    tell_overrides(silent, given)
     same_run(silent, molecules.arrays, tmp_path)
     assert "command" not in json.loads((tmp_path / "config.json").read_text())
