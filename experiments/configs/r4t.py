@@ -9,7 +9,8 @@ of the last three), seeds (0+1+2), ablations (rewards: the collapse study).
 words is open-ended retrieval (OAR): themes over 16,000 embedded words, nothing to download but wheels. The
 others are weakly supervised (WSCR): one reference set per query.
 
-Expected, 2 CPU cores: see the README. `paper` is meant for accelerators and has no figure yet.
+demo is what launch/fanout_demo.sh runs; evidence trains a wider set network, for longer, on sets of more
+queries. Expected, 2 CPU cores: see the README. `paper` is for accelerators and has no figure yet.
 """
 
 from ml_collections import ConfigDict
@@ -21,11 +22,11 @@ from genret.types import InputError
 BUDGET = {
     "test": ((12, 2, 8), 8, (2, 2)),
     "demo": ((40, 8, 8_000), 2_400, (8, 8)),
-    "evidence": ((80, 40, 24_000), 2_400, (8, 8)),
+    "evidence": ((40, 8, 16_000), 2_400, (8, 8)),
     "paper": ((200, 1_000, 1_000_000), 10_000, (64, 8)),
 }
 # the set diffusion's network, and the directions it runs in
-NETWORK = {"test": ("test", 8), "demo": ("demo", 64), "evidence": ("wide", 128), "paper": ("r4t", 0)}
+NETWORK = {"test": ("test", 8), "demo": ("demo", 64), "evidence": ("wide", 192), "paper": ("r4t", 0)}
 DATA = ("words", "playlists", "fashion", "polyvore")
 
 
@@ -38,7 +39,7 @@ def get_config(argument: str = "") -> ConfigDict:
         raise InputError("data", f"unknown data {arg.data!r}", f"use one of {', '.join(DATA)}")
     (warm, rl, diffusion), warmed, (count, group) = BUDGET[arg.size]
     network, dims = NETWORK[arg.size]
-    tiny, paper, quick = arg.size == "test", arg.size == "paper", arg.size in ("test", "demo")
+    tiny, paper = arg.size == "test", arg.size == "paper"
     given = ",".join(f"{k}={v}" for k, v in vars(arg).items() if v and k not in ("seeds", "ablations"))
 
     c = ConfigDict()
@@ -95,11 +96,11 @@ def get_config(argument: str = "") -> ConfigDict:
         ),
     )
     c.synthesis = dict(
-        queries=8 if tiny else 320 if arg.size == "demo" else 0,  # training queries; 0 = all
-        fanouts=128 if paper else 2 if tiny or arg.size == "demo" else 4,  # of each (papers' B.4: 128)
+        queries={"test": 8, "demo": 320, "evidence": 640, "paper": 0}[arg.size],  # of training; 0 = all
+        fanouts=128 if paper else 1 if arg.size == "evidence" else 2,  # of each (papers' B.4: 128)
         distinct=False,  # refill repeated rows
         keep_top=1.0,  # share of each query's best sets
-        shard=8 if tiny else 32,  # queries written at a time
+        shard=8 if tiny else 64 if arg.size == "evidence" else 32,  # queries written at a time
     )
     c.diffusion = dict(
         size=network,  # see r4t/stages.py
@@ -112,22 +113,22 @@ def get_config(argument: str = "") -> ConfigDict:
         batch=512 if paper else 16 if tiny else 32,  # sets per step; on a CPU small ones teach faster
         fit=fit_options(diffusion, 1e-3 if not paper else 3e-4),
     )
-    c.regressor = fit_options(diffusion // 2 if not paper else 10_000, 1e-3)  # MSE baseline, on the same sets
+    c.regressor = fit_options(4 if tiny else 10_000 if paper else 4_000, 1e-3)  # MSE baseline, the same sets
     c.mesh = dict(data=-1, fsdp=1, tensor=1)  # devices per axis; -1 takes what is left
     c.evaluation = dict(
         index="auto",  # exact, scann, or auto (ScaNN where it is installed)
         part="test",  # whose queries are asked, or validation; rows of the two stand side by side
-        queries=4 if tiny else 64 if arg.size == "demo" else 0,  # of the part; 0 = all
+        queries=4 if tiny else 0 if paper else 64,  # of the part; 0 = all
         best_of=2 if tiny else 5,  # Best-of-N (papers' B.8: 5)
-        runs=2 if quick else 5,  # draws of a method, for Vendi over runs (B.8)
-        repeated=2 if tiny else 8 if quick else 0,  # the first queries, which are drawn again for it; 0 = all
+        runs=5 if paper else 2,  # draws of a method, for Vendi over runs (B.8)
+        repeated=2 if tiny else 0 if paper else 8,  # the first queries, which are drawn again for it; 0 = all
         steps=4 if tiny else 256,  # of the faithful sampler, Euler-Maruyama
         few=(2, 4) if tiny else (4, 8, 16),  # Heun steps of the few-call lines
         guidance=0.1,  # w of the faithful sampler (B.6)
         pool=100,  # neighbours that re-ranking and clustering choose among
         depth=100,  # contents per direction, weakly supervised (B.8: 500)
         show=3,  # unseen queries printed side by side
-        latency=(1, 8) if tiny else (1, 8, 64) if quick else (1, 8, 64, 1024),  # batch sizes timed
+        latency=(1, 8) if tiny else (1, 8, 64, 1024) if paper else (1, 8, 64),  # batch sizes timed
         repeats=2 if tiny else 5,  # timings of each
     )
     return c
