@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet as pq
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from experiments.catalogues import catalogue_path
@@ -85,9 +86,15 @@ def _same(value: float, *shape: int, dtype: type = np.float32) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class AbstractRun(Run):
-    """An MO-DiT run of a catalogue that has sizes and no values."""
+    """An MO-DiT run of a catalogue that has sizes and no values. devices: the mesh compiled for, where the
+    config's own will not do."""
 
     sizes: Sizes
+    devices: Mesh | None = None
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.devices or super().mesh
 
     @functools.cached_property
     def fitted(self) -> Fitted:
@@ -130,8 +137,8 @@ class AbstractRun(Run):
         return map(self.stage, self.recipes)
 
 
-def abstract_run(config: ConfigDict, sizes: Sizes | None = None) -> AbstractRun:
-    """The first seed of an MO-DiT configuration; sizes: `sizes_of` it, or better known."""
+def abstract_run(config: ConfigDict, sizes: Sizes | None = None, mesh: Mesh | None = None) -> AbstractRun:
+    """The first seed of an MO-DiT configuration. sizes: `sizes_of` it, or better known. mesh: its devices."""
     n, d, m, train, _ = sizes = sizes or sizes_of(config)
     rows = _same(0, n, dtype=np.int32)
     names = tuple(f"attribute {i}" for i in range(m))
@@ -140,7 +147,7 @@ def abstract_run(config: ConfigDict, sizes: Sizes | None = None) -> AbstractRun:
         "abstract", Path(), None, _same(d**-0.5, n, d), rows, (), names, labels, rows, rows, None, "", 0
     )
     splits = Splits(np.arange(n) < train, 0, {})
-    return AbstractRun(config, catalogue, splits, Path(), config.seeds[0], sizes)
+    return AbstractRun(config, catalogue, splits, Path(), config.seeds[0], sizes, mesh)
 
 
 @dataclass(frozen=True, eq=False)

@@ -149,7 +149,7 @@ def main(config: ConfigDict, topology: str, only: str, output: str) -> None:
     """Every stage of `config` whose name `only` is found in, one after the other."""
     jax.config.update("jax_platforms", "cpu")  # nothing runs elsewhere
     mesh = meshes.make_mesh(**config.mesh, devices=devices_of(topology))
-    run = abstract_fanout_run(config) if "fanout" in config else abstract_run(config)
+    run = abstract_fanout_run(config) if "fanout" in config else abstract_run(config, mesh=mesh)
     kind, shape = mesh.devices.flat[0].device_kind, dict(mesh.shape)
     print(f"{mesh.size} x {kind}, mesh {' x '.join(f'{n} {size}' for n, size in shape.items())}", flush=True)
     rows = []

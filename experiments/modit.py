@@ -193,7 +193,7 @@ class Run:
         return hppo.make_hppo_stage(
             folder, self.retriever, self.space(folder), self.model(recipe.start).params,
             self.refresh(folder), preference=Preference(**h.preference), batch=h.batch, fresh=h.fresh,
-            retrieval=term, seed=self.seed,
+            retrieval=term, mesh=self.mesh, seed=self.seed,
         )  # fmt: skip
 
     def refresh(self, folder: str) -> hppo.Refresh:

@@ -20,6 +20,7 @@ error does not rise. The guard b is DPO-Positive's (arXiv 2402.13228), in units 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -104,11 +105,15 @@ def preference_terms(
     return loss, aux
 
 
-def preference_loss(retriever: Retriever, options: Preference):
+def preference_loss(retriever: Retriever, options: Preference, place: Callable[[Array], Array] | None = None):
     """(params, frozen, PairBatch, draw) -> Terms; frozen holds `space` and the `reference` parameters.
 
     At the reference the loss is log 2 per pair (plus the anchor). The condition is never dropped.
+
+    place: keeps arrays [draws, B, ...] on the devices of their rows (`mesh.with_rows`). Left to itself on a
+    mesh that shards parameters, XLA splits the features of activations instead, and moves them about.
     """
+    place = place or (lambda x: x)
 
     def loss(params: PyTree, frozen: PyTree, batch: PairBatch, draw: Draw) -> Terms:
         space = frozen["space"]
@@ -118,16 +123,19 @@ def preference_loss(retriever: Retriever, options: Preference):
             retriever.denoiser(p, batch.condition, anchor) for p in (params, frozen["reference"])
         )
 
-        def one(turn: Array) -> tuple[Array, dict[str, Array]]:
+        def randomness(turn: Array) -> tuple[Array, Array]:
             keys = jax.vmap(lambda k: jax.random.fold_in(k, turn))(draw.key)
-            noise = edm.gaussian_noise(keys, clean[0].shape[1:])
             # The draws of a pair share out the noise levels between them.
             sigma = edm.noise_level((draw.uniform + turn / options.draws) % 1.0, retriever.noise)
+            return sigma, edm.gaussian_noise(keys, clean[0].shape[1:])
+
+        def one(sigma: Array, noise: Array) -> tuple[Array, dict[str, Array]]:
             ours = [edm.denoising_residual(policy, z, sigma, noise) for z in clean]
             theirs = [edm.denoising_error(reference, z, sigma, noise) for z in clean]
             return preference_terms(*ours, *theirs, options)
 
-        value, aux = jax.tree.map(lambda x: x.mean(0), jax.vmap(one)(jnp.arange(options.draws)))
+        drawn = jax.tree.map(place, jax.vmap(randomness)(jnp.arange(options.draws)))
+        value, aux = jax.tree.map(lambda x: x.mean(0), jax.vmap(one)(*drawn))
         return Terms(value, batch.weight, aux)
 
     return loss

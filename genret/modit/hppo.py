@@ -37,6 +37,7 @@ from genret.retrieval.index import Index
 from genret.retrieval.scoring import Counts, Scorer
 from genret.training import processes
 from genret.training.log import matmul_flops
+from genret.training.mesh import with_rows
 from genret.training.stage import Stage
 from genret.types import Draw, InputError, PyTree, Terms
 
@@ -247,18 +248,19 @@ class HppoBatch:
 
 def make_hppo_stage(
     folder: str, retriever: Retriever, space: Space, reference: PyTree, refresh: Refresh, *,
-    preference: Preference, batch: int, fresh: int = 1, retrieval: RetrievalTerm | None = None, seed: int = 0,
+    preference: Preference, batch: int, fresh: int = 1, retrieval: RetrievalTerm | None = None,
+    mesh: Mesh | None = None, seed: int = 0,
 ) -> Stage:  # fmt: skip
     """The stage that trains in `folder`. reference: parameters of the stage before, frozen; `fit` must start
     from them as well (`init_from`), else the loss does not begin at log 2. batch: pairs per step. retrieval:
-    the retrieval-aware term, ours, on `fresh` contexts of its own per pair."""
+    the retrieval-aware term, ours, on `fresh` contexts of its own per pair. mesh: that it will train on."""
     data = refresh.labeller.fitted.data
     frozen: dict[str, Any] = {"space": space, "reference": reference}
     corpus = None
     if retrieval:
         corpus = make_corpus(data.train, len(data.embeddings), retrieval.corpus, seed)
         frozen |= {"table": np.asarray(data.embeddings), "corpus": corpus.rows}
-    pair_loss = preference_loss(retriever, preference)
+    pair_loss = preference_loss(retriever, preference, with_rows(mesh) if mesh else None)
 
     def draw(step: int, params: PyTree) -> HppoBatch:
         pairs = refresh(step // refresh.rounds.steps, params)

@@ -94,14 +94,15 @@ def accumulate(stage: Stage, params: PyTree, frozen: PyTree, batch: PyTree, draw
 def make_step(stage: Stage, options: FitOptions, tx: optax.GradientTransformation, gathered: PyTree):
     """(state, frozen, batch) -> (state, metrics): the train step, to be jitted with shardings.
 
-    gathered: shardings of the parameters as the loss reads them, without the fsdp axis.
+    gathered: shardings of the parameters and of `stage.frozen` as the loss reads them, without the fsdp axis.
     """
 
     def step(state: TrainState, frozen: PyTree, batch: PyTree):
         size = jax.tree.leaves(batch)[0].shape[0]
         draw = draw_for(options.seed, state.step, size)
         # Left to itself, XLA's partitioner returns wrong gradients where all three axes exceed 1.
-        params = jax.lax.with_sharding_constraint(state.params, gathered)
+        # A reference model left sharded would spread its sharding over every activation.
+        params, frozen = jax.lax.with_sharding_constraint((state.params, frozen), gathered)
         grads, metrics = accumulate(stage, params, frozen, batch, draw, options.microbatches)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -133,7 +134,7 @@ def compiled_step(stage: Stage, options: FitOptions, mesh: Mesh, placed: PyTree,
     on_batch = meshes.batch_shardings(batch, mesh)
     on_frozen = meshes.shardings(stage.frozen, mesh, stage.rules, strict=False)
     step = jax.jit(
-        make_step(stage, options, optimizer_of(options), meshes.gathered(placed.params)),
+        make_step(stage, options, optimizer_of(options), meshes.gathered((placed.params, on_frozen))),
         in_shardings=(placed, on_frozen, on_batch),
         out_shardings=(placed, NamedSharding(mesh, meshes.P())),
         donate_argnums=0,

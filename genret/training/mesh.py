@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from genret.types import InputError, PyTree
+from genret.types import Array, InputError, PyTree
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
@@ -113,6 +113,13 @@ def local(tree: PyTree) -> PyTree:
         for i, x in zip(spread, jax.jit(lambda t: t, out_shardings=whole)(found), strict=True):
             leaves[i] = x.addressable_data(0)
     return jax.tree.unflatten(structure, leaves)
+
+
+def with_rows(mesh: Mesh, axis: int = 1) -> Callable[[Array], Array]:
+    """x -> x on the devices of the batch's rows, its axis `axis`; as it is where they do not divide."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    target = NamedSharding(mesh, P(*[None] * axis, *BATCH))
+    return lambda x: x if x.shape[axis] % parts else jax.lax.with_sharding_constraint(x, target)
 
 
 def batch_shardings(batch: PyTree, mesh: Mesh) -> PyTree:
