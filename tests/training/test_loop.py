@@ -16,7 +16,7 @@ from genret.diffusion.dit import SHARDING_RULES, make_dit
 from genret.diffusion.retriever import Retriever
 from genret.training.checkpoint import restore_params
 from genret.training.loop import FitOptions, NonFiniteLoss, accumulate, draw_for, fit
-from genret.training.mesh import make_mesh, shardings
+from genret.training.mesh import make_mesh, shardings, with_rows
 from genret.training.stage import Stage
 from genret.types import Batch, Condition, InputError, Terms
 
@@ -258,6 +258,13 @@ def test_meshes_rules_and_batches_that_do_not_fit_are_refused(stage, tmp_path):
     small = dataclasses.replace(stage, batch=lambda step, _: make_batch(step, size=6))
     with pytest.raises(InputError, match="batch_size"):
         fit(small, tmp_path, FitOptions(steps=1, **OPTIONS), mesh=make_mesh(8))
+
+
+def test_arrays_follow_the_rows_of_the_batch():
+    placed = jax.jit(with_rows(make_mesh(2, 2, 2)))(jnp.ones((3, 8, 5)))
+    assert placed.sharding.spec == P(None, ("data", "fsdp")) and (placed == 1).all()
+    odd = jnp.ones((3, 6))
+    assert with_rows(make_mesh(2, 2, 2))(odd) is odd
 
 
 def test_every_log_row_has_rates_and_flops(reference):
