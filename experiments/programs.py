@@ -19,6 +19,7 @@ from genret.diffusion.edm import Space, unit
 from genret.diffusion.retriever import Retriever
 from genret.modit.density import DensityMLP
 from genret.r4t import stages
+from genret.r4t.fanout import kept
 from genret.types import Array, Condition, InputError, PyTree
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -72,7 +73,7 @@ def set_program(retriever: Retriever, *, centred: bool, rows: int, k: int, steps
             p["network"], Space(**p["space"], centred=centred), stages.condition(query), keys,
             method="heun", steps=steps, rows=rows,
         )  # fmt: skip
-        return made[:, :k]
+        return kept(query, made, k)
 
     return sets
 

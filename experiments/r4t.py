@@ -312,15 +312,16 @@ class FanoutRun:
 
     @functools.cache  # noqa: B019 - a run lives as long as its process
     def model(self, folder: str) -> SetRetriever:
-        """The set model of `folder`: diffusion or regressor."""
+        """The set model of `folder`: regressor, or diffusion, that may draw more rows than it saw."""
         regression = folder == "regressor"
+        drawn = self.rows if regression else self.config.evaluation.drawn or self.rows
         retriever = self.retriever(regression)
         params = restore_params(
             self.folder / folder / "checkpoints", jax.eval_shape(retriever.init, jax.random.key(0)),
             card=stages.model_card(retriever.model, self.space, self.rows),
             step=self.options(folder).steps,
         )  # fmt: skip
-        return SetRetriever(retriever, jax.device_put(params), self.space, self.rows)
+        return SetRetriever(retriever, jax.device_put(params), self.space, drawn)
 
     def train(self) -> None:
         """Policy, synthesis, set models; what is finished is not done again."""
@@ -342,6 +343,11 @@ def check(config: ConfigDict) -> None:
     if config.ablations and config.fanout.data != "words":
         problem = f"rewards compares components of a reward that {config.fanout.data} does not have"
         raise InputError("ablations", problem, "leave it out, or use data=words")
+    drawn, trained = config.evaluation.drawn, config.diffusion.rows or config.k
+    most = trained if config.diffusion.block == "paper" else max(drawn, trained)
+    if not config.k <= (drawn or trained) <= most:
+        problem = f"{drawn} rows of a model of {trained}, for sets of {config.k}"
+        raise InputError("evaluation.drawn", problem, f"use {config.k} to {most}, or 0 for all")
     if config.evaluation.part not in PARTS:
         problem = f"{config.evaluation.part!r} is asked of no method"
         raise InputError("evaluation.part", problem, f"use {' or '.join(PARTS)}")

@@ -1,5 +1,6 @@
 """Commands in processes of their own, as users start them: one, or several over loopback."""
 
+import json
 import os
 import socket
 import subprocess
@@ -9,7 +10,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from genret.catalogue import format
+from genret.catalogue import format, words
+from tests.language.conftest import write_gguf
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {
@@ -85,6 +87,27 @@ def write_catalogue(path):
     attributes = {"a": has, "b": rng.random(1200) < 0.3}
     ids = [f"item {i}" for i in range(1200)]
     format.write(path, ids=ids, embeddings=np.float32(x), attributes=attributes, patterns=pattern)
+
+
+def tiny_r4t(folder):
+    """Flags of a configuration of R4T with a tiny language model of random weights, written to `folder`."""
+    model = write_gguf(folder / "tiny.gguf", "llama")
+    return [
+        "--config=experiments/configs/r4t.py:size=test", f"--config.fanout.folder={folder / 'data'}",
+        "--config.evaluation.index=exact", f"--config.language.model={model}",
+        "--config.language.lora_rank=0", "--config.language.max_new=48", "--config.fanout.contents=300",
+        "--config.warm.batch=16", "--config.warm.fit.steps=120", "--config.warm.fit.learning_rate=0.01",
+        "--config.rl.group=4",
+    ]  # fmt: skip
+
+
+def write_warm_pairs(workdir):
+    """What so small a model can learn to write: one of three answers to any query, by chance."""
+    answers = (["sun", "rain", "wind"], ["bread", "milk", "salt"], ["church", "song"])
+    queries = words.themed(size=300, count=150, seed=0).queries
+    (workdir / "seed_0").mkdir(parents=True)
+    pairs = [(query, answer) for query in queries[:50] for answer in answers]
+    (workdir / "seed_0" / "warm_pairs.json").write_text(json.dumps(pairs))
 
 
 def states(folder):

@@ -225,6 +225,11 @@ def test_what_no_run_can_do_is_said_before_anything_is_opened(tmp_path, monkeypa
         config.evaluation.part = part
         with pytest.raises(InputError, match=said):
             next(r4t.open_runs(config, tmp_path))
+    for drawn, block in ((2, "adaln"), (4, "paper")):
+        config = configs.get_config("size=test")
+        config.evaluation.drawn, config.diffusion.block = drawn, block
+        with pytest.raises(InputError, match=f"^evaluation.drawn: {drawn} rows of a model of 3"):
+            next(r4t.open_runs(config, tmp_path))
 
 
 def test_a_run_may_be_evaluated_on_another_part_but_not_at_another_depth(tmp_path):

@@ -30,7 +30,7 @@ def describe(smiles: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     A string that is no molecule gives a row of NaN.
     """
     from rdkit import Chem, DataStructs, rdBase
-    from rdkit.Chem import QED, Crippen, rdFingerprintGenerator, rdMolDescriptors
+    from rdkit.Chem import QED, rdFingerprintGenerator, rdMolDescriptors
 
     morgan = rdFingerprintGenerator.GetMorganGenerator(radius=RADIUS, fpSize=BITS)
     fingerprints = np.zeros((len(smiles), BITS // 8), np.uint8)
@@ -42,12 +42,9 @@ def describe(smiles: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
                 continue
             raw = DataStructs.BitVectToBinaryText(morgan.GetFingerprint(molecule))
             fingerprints[i] = np.frombuffer(raw, np.uint8)
-            properties[i] = (
-                Crippen.MolLogP(molecule),
-                rdMolDescriptors.CalcTPSA(molecule),
-                rdMolDescriptors.CalcFractionCSP3(molecule),
-                QED.qed(molecule),
-            )
+            parts = QED.properties(molecule)  # logP and surface area are among them: computed once
+            sp3 = rdMolDescriptors.CalcFractionCSP3(molecule)
+            properties[i] = parts.ALOGP, parts.PSA, sp3, QED.qed(molecule, qedProperties=parts)
     return fingerprints, properties
 
 

@@ -5,16 +5,19 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from genret.diffusion.edm import Space
 from genret.diffusion.retriever import Method, Retriever
 from genret.r4t.prompts import K
 from genret.r4t.stages import condition
-from genret.types import InputError, PyTree
+from genret.retrieval.sets import traced_mmr
+from genret.types import Array, InputError, PyTree
 
 SDE_STEPS = 256  # the paper's sampler
 GUIDANCE = 0.1
@@ -26,9 +29,27 @@ def network_calls(method: Method, steps: int, guidance: float = 0.0) -> int:
     return calls * (2 if guidance else 1)
 
 
+@functools.partial(jax.jit, static_argnames="k")
+def kept(queries: Array, rows: Array, k: int) -> Array:
+    """k of the L rows drawn for each query, f32[B, D] and f32[B, L, D] -> f32[B, k, D]; ours.
+
+    The paper draws 12 rows and emits 10, without a word on which. Rows of one draw can repeat each other:
+    those of maximal marginal relevance to the query stay, in that order. With k = L they stay as drawn.
+    """
+    if k == rows.shape[1]:
+        return rows
+
+    def choose(query: Array, own: Array) -> Array:
+        relevance = jnp.matmul(own, query, precision=jax.lax.Precision.HIGHEST)
+        return own[traced_mmr(relevance, own, k)]
+
+    return jax.vmap(choose)(queries, rows)
+
+
 @dataclass(frozen=True)
 class SetRetriever:
-    """A trained set model. rows: L, drawn at a time. block: most queries at once."""
+    """A trained set model. rows: L, drawn at a time; without row positions it may differ from the L trained
+    with. block: most queries at once."""
 
     retriever: Retriever
     params: PyTree
@@ -40,7 +61,7 @@ class SetRetriever:
         self, queries: np.ndarray, k: int | None = None, *, method: Method = "euler_maruyama",
         steps: int = SDE_STEPS, guidance: float = GUIDANCE, seed: int = 0,
     ) -> np.ndarray:  # fmt: skip
-        """Unit-norm queries f32[Q, D] -> sets f32[Q, k, D], unit-norm: the first k of the L rows drawn.
+        """Unit-norm queries f32[Q, D] -> sets f32[Q, k, D], unit-norm: the k of L rows drawn that are `kept`.
 
         Query q's draw depends on `seed` and q alone. Runs in blocks of one compiled shape; `network_calls`
         says what a draw costs. Raises InputError for k > L, and for the posterior mean of a model whose rows
@@ -63,5 +84,5 @@ class SetRetriever:
                 self.params, self.space, condition(queries[padded]), keys[padded], w,
                 method=method, steps=steps, rows=self.rows,
             )  # fmt: skip
-            out[at] = np.asarray(drawn)[: len(at), :k]
+            out[at] = np.asarray(kept(queries[padded], drawn, k))[: len(at)]
         return out

@@ -7,6 +7,7 @@ that of Friedman and Dieng 2023 (arXiv 2210.02410), of order 1; R4T (arXiv 2603.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -162,15 +163,22 @@ def mmr(relevance: np.ndarray, rows: np.ndarray, k: int, trade: float = 0.5) -> 
     rows = _candidates(relevance, rows, k)
     if not 0 <= trade <= 1:
         raise InputError("trade", f"{trade} is outside 0..1", "It weighs relevance against novelty.")
-    chosen = np.empty(k, np.int32)
-    score = np.array(relevance, np.float64)
-    nearest = np.full(len(rows), -np.inf)
-    for i in range(k):
-        chosen[i] = score.argmax()
-        nearest = np.maximum(nearest, rows @ rows[chosen[i]])
-        score = trade * np.asarray(relevance, np.float64) - (1 - trade) * nearest
-        score[chosen[: i + 1]] = -np.inf
-    return chosen
+    return np.asarray(traced_mmr(np.float32(relevance), np.float32(rows), k, trade))
+
+
+@functools.partial(jax.jit, static_argnames="k")
+def traced_mmr(relevance: Array, rows: Array, k: int, trade: float = 0.5) -> Array:
+    """`mmr` without its checks, to be traced or mapped: f32[n], f32[n, D] -> i32[k]."""
+
+    def pick(carry: tuple[Array, Array, Array], _: None) -> tuple[tuple[Array, Array, Array], Array]:
+        score, nearest, free = carry
+        best = jnp.argmax(jnp.where(free, score, -jnp.inf)).astype(jnp.int32)
+        cosine = jnp.matmul(rows, rows[best], precision=jax.lax.Precision.HIGHEST)
+        nearest = jnp.maximum(nearest, cosine)
+        return (trade * relevance - (1 - trade) * nearest, nearest, free.at[best].set(False)), best
+
+    start = relevance, jnp.full(len(rows), -1.0), jnp.full(len(rows), True)
+    return jax.lax.scan(pick, start, length=k)[1]
 
 
 def greedy_dpp(quality: np.ndarray, rows: np.ndarray, k: int) -> np.ndarray:

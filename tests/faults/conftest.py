@@ -1,5 +1,6 @@
-"""A small pipeline as users start it, in processes of its own, to be hurt from outside."""
+"""A small pipeline of either paper as users start it, in processes of its own, to be hurt from outside."""
 
+import functools
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from tests.commands import ENVIRONMENT, ROOT, states, write_catalogue
+from tests.commands import ENVIRONMENT, ROOT, states, tiny_r4t, write_catalogue, write_warm_pairs
 
 # A cache of its own, that keeps the shortest compilation too: kills shall fall into the work itself.
 CACHE = {
@@ -22,30 +23,22 @@ CACHE = {
 
 
 class Pipeline:
-    """run, evaluate and report in `folder`/run, of the catalogue `folder`/small.parquet; more: overrides."""
+    """run, evaluate and report in `folder`/run, of one paper's configuration; more: overrides."""
 
     COMMANDS = ("run", "evaluate", "report")
 
-    def __init__(self, folder, *more, devices=1):
-        self.folder, self.workdir, self.more = folder, folder / "run", more
+    def __init__(self, folder, *more, paper="modit", devices=1):
+        self.folder, self.workdir = folder, folder / "run"
         self.environment = os.environ | ENVIRONMENT | CACHE
         several = f"--xla_force_host_platform_device_count={devices}"
         self.environment["XLA_FLAGS"] = several if devices > 1 else ""
-        folder.mkdir(exist_ok=True)
-        if not (folder / "small.parquet").exists():
-            write_catalogue(folder / "small.parquet")
+        folder.mkdir()
+        self.heading, config = {"modit": modit, "r4t": r4t}[paper](folder, self.workdir)
+        self.config = [*config, *more]
 
     def start(self, name, *flags):
         """The command, begun in a process group of its own; what it says goes to `folder`/NAME.log."""
-        config = [
-            f"--config=experiments/configs/modit.py:size=test,data={self.folder / 'small.parquet'}",
-            "--config.evaluation.index=exact", "--config.labels.predictor.steps=10",
-            *(f"--config.stages.{stage}.save_every=2" for stage in ("pretrain", "cpt", "sft")),
-            "--config.retrieval.weight=0.0", "--config.hppo.contexts=48",
-            "--config.evaluation.reaches=(1.0,)", "--config.evaluation.guidance=(1.0,)",
-            "--config.evaluation.memory=((.1,.5),)", *self.more,
-        ]  # fmt: skip
-        given = [] if name == "report" else config
+        given = [] if name == "report" else self.config
         with open(self.folder / f"{name}.log", "a") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", f"experiments.{name}", *given, f"--workdir={self.workdir}", *flags],
@@ -108,11 +101,44 @@ class Pipeline:
                 for path in sorted(self.workdir.rglob("checkpoints"))
             },
             "rows": (self.workdir / "results.jsonl").read_text().splitlines(),
-            "trained": (self.workdir / "seed_0" / "trained").read_text(),
-            "predictors": json.loads((self.workdir / "seed_0" / "predictor_report.json").read_text()),
+            "files": {
+                path.name: path.read_text()
+                for path in (self.workdir / "seed_0").iterdir()
+                if path.name in ("trained", "predictor_report.json", "warm_pairs.json")
+            },
+            "sets": {
+                path.name: path.read_bytes() for path in (self.workdir / "seed_0").glob("synthesis/*.npy")
+            },
             "steps": logged(self.workdir),
-            "tables": self.said("report").rpartition("small: 1,200")[2].splitlines()[:-1],
+            "tables": self.table().splitlines()[:-1],
         }
+
+    def table(self):
+        """The last report, without the folder that its command names."""
+        return self.said("report").rpartition(self.heading)[2].replace(str(self.folder), "")
+
+
+def modit(folder, _):
+    """What its report begins with, and the flags of run and evaluate."""
+    write_catalogue(folder / "small.parquet")
+    return "small: 1,200", [
+        f"--config=experiments/configs/modit.py:size=test,data={folder / 'small.parquet'}",
+        "--config.evaluation.index=exact", "--config.labels.predictor.steps=10",
+        *(f"--config.stages.{stage}.save_every=2" for stage in ("pretrain", "cpt", "sft")),
+        "--config.retrieval.weight=0.0", "--config.hppo.contexts=48",
+        "--config.evaluation.reaches=(1.0,)", "--config.evaluation.guidance=(1.0,)",
+        "--config.evaluation.memory=((.1,.5),)",
+    ]  # fmt: skip
+
+
+def r4t(folder, workdir):
+    """The same, of the other paper."""
+    write_warm_pairs(workdir)
+    return "words: 300", [
+        *tiny_r4t(folder), "--config.warm.fit.save_every=20", "--config.rl.fit.steps=4",
+        "--config.rl.fit.save_every=1", "--config.diffusion.fit.save_every=2", "--config.synthesis.shard=2",
+        "--config.regressor.save_every=1", "--config.evaluation.latency=()",
+    ]  # fmt: skip
 
 
 def logged(workdir):
@@ -126,15 +152,25 @@ def logged(workdir):
 
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory):
-    """name, *overrides, devices -> a Pipeline in a folder of its own."""
+    """name, *overrides, paper, devices -> a Pipeline in a folder of its own."""
     return lambda name, *more, **kw: Pipeline(tmp_path_factory.mktemp("faults") / name, *more, **kw)
 
 
 @pytest.fixture(scope="session")
-def undisturbed(pipeline):
-    """The outcome of a pipeline that nothing happened to, and its CPU seconds once all is compiled."""
-    for name in ("first", "second"):
-        whole, began = pipeline(name), os.times()
-        whole.all()
-    used = [time - before for time, before in zip(os.times(), began, strict=True)]
-    return whole.outcome(), used[2] + used[3]
+def measured(pipeline):
+    """paper -> the outcome of its pipeline that nothing happened to, and its CPU seconds once compiled."""
+
+    @functools.cache
+    def found(paper):
+        for name in ("first", "second"):
+            whole, began = pipeline(f"{paper}_{name}", paper=paper), os.times()
+            whole.all()
+        used = [time - before for time, before in zip(os.times(), began, strict=True)]
+        return whole.outcome(), used[2] + used[3]
+
+    return found
+
+
+@pytest.fixture(scope="session")
+def undisturbed(measured):
+    return measured("modit")

@@ -6,24 +6,25 @@ import time
 
 import pytest
 
-KILLS, SEED = 50, 0
+SEED = 0
 
 
 @pytest.mark.faults
-def test_fifty_kills_change_nothing(pipeline, undisturbed):
+@pytest.mark.parametrize("paper, most", [("modit", 50), ("r4t", 20)])
+def test_kills_change_nothing(pipeline, measured, paper, most):
     """Lives are uniform up to .35 of a pipeline's CPU seconds, so that kills fall everywhere in it; one that
     gets through begins anew in another folder until all kills are spent."""
-    wanted, seconds = undisturbed
+    wanted, seconds = measured(paper)
     rng, kills, runs, starts = random.Random(SEED), [], 0, collections.Counter()
     began, life = time.monotonic(), rng.uniform(0, 0.35 * seconds)
-    while len(kills) < KILLS:
-        one = pipeline(f"killed_{runs}")
+    while len(kills) < most:
+        one = pipeline(f"{paper}_killed_{runs}", paper=paper)
         for name in one.COMMANDS:
             while True:
                 starts[name] += 1
                 process = one.start(name)
-                life -= one.live(process, life if len(kills) < KILLS else float("inf"))
-                if life > 0 or len(kills) == KILLS:
+                life -= one.live(process, life if len(kills) < most else float("inf"))
+                if life > 0 or len(kills) == most:
                     assert process.returncode == 0, one.said(name)[-3000:]
                     break
                 kills.append(name)

@@ -11,7 +11,7 @@ from genret.diffusion import edm
 from genret.diffusion.retriever import Retriever
 from genret.r4t import stages
 from genret.r4t.baselines import regressor
-from genret.r4t.fanout import SetRetriever, network_calls
+from genret.r4t.fanout import SetRetriever, kept, network_calls
 from genret.types import InputError
 
 D, L = 6, 4
@@ -61,10 +61,30 @@ def test_sets_are_the_retrievers_own_whatever_the_blocks(model):
     np.testing.assert_allclose(sets, whole, atol=1e-4)
 
 
-def test_the_first_k_rows_of_the_l_drawn_are_emitted(model):
+def test_of_the_rows_drawn_those_of_maximal_marginal_relevance_are_emitted(model):
+    """All L as they were drawn; fewer by definition: the most relevant, then what is like the query and
+    unlike those before it."""
     queries = units(2, 3, D)
     sets = model.sets(queries, guidance=0.0, **HEUN)
-    np.testing.assert_array_equal(model.sets(queries, 2, guidance=0.0, **HEUN), sets[:, :2])
+    for query, drawn, emitted in zip(
+        queries, sets, model.sets(queries, 2, guidance=0.0, **HEUN), strict=True
+    ):
+        first = (drawn @ query).argmax()
+        rest = np.delete(drawn, first, 0)
+        second = rest[(rest @ query - rest @ drawn[first]).argmax()]
+        np.testing.assert_array_equal(emitted, [drawn[first], second])
+
+
+def test_a_row_that_repeats_another_is_the_one_left_out():
+    query = np.eye(D, dtype=np.float32)[0]
+    rows = 0.5 * query + np.float32(np.sqrt(0.75)) * np.eye(D, dtype=np.float32)[[1, 2, 1, 3]]  # as relevant
+    np.testing.assert_array_equal(kept(query[None], rows[None], 3)[0], rows[[0, 1, 3]])
+
+
+def test_a_model_without_row_positions_draws_more_rows_than_it_was_trained_on(model):
+    sets = dataclasses.replace(model, rows=L + 2).sets(units(2, 3, D), L, guidance=0.0, **HEUN)
+    assert sets.shape == (3, L, D)
+    np.testing.assert_allclose(np.linalg.norm(sets, axis=-1), 1, atol=1e-5)
 
 
 def test_seeds_queries_and_guidance_are_read(model):

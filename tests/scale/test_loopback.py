@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 
 from experiments.workdir import read_rows
-from genret.catalogue import words
 from genret.retrieval.index import ExactIndex
-from tests.commands import command, parameters, together, write_catalogue
-from tests.language.conftest import write_gguf
+from tests.commands import command, parameters, tiny_r4t, together, write_catalogue, write_warm_pairs
 
 pytestmark = pytest.mark.scale
 
@@ -82,21 +80,9 @@ np.savez(workdir / f"found_{index_of_process}.npz", ids=ids, scores=scores)
 
 def test_two_processes_run_r4t_as_one(tmp_path):
     """A tiny language model of random weights: warm start, rollouts, synthesis, sets, and every line."""
-    model = write_gguf(tmp_path / "tiny.gguf", "llama")
-    config = [
-        "--config=experiments/configs/r4t.py:size=test", f"--config.fanout.folder={tmp_path / 'data'}",
-        "--config.evaluation.index=exact", f"--config.language.model={model}",
-        "--config.language.lora_rank=0", "--config.language.max_new=48", "--config.fanout.contents=300",
-        "--config.warm.batch=16", "--config.warm.fit.steps=120", "--config.warm.fit.learning_rate=0.01",
-        "--config.rl.group=4", "--config.evaluation.latency=(2,)", "--config.mesh.fsdp=2",
-    ]  # fmt: skip
-    # One of three answers to any query, by chance, is what so small a model can learn.
-    answers = (["sun", "rain", "wind"], ["bread", "milk", "salt"], ["church", "song"])
-    queries = words.themed(size=300, count=150, seed=0).queries
+    config = [*tiny_r4t(tmp_path), "--config.evaluation.latency=(2,)", "--config.mesh.fsdp=2"]
     for run in ("one", "two"):
-        (tmp_path / run / "seed_0").mkdir(parents=True)
-        pairs = [(query, answer) for query in queries[:50] for answer in answers]
-        (tmp_path / run / "seed_0" / "warm_pairs.json").write_text(json.dumps(pairs))
+        write_warm_pairs(tmp_path / run)
     methods = "^(MMR re-ranking|warm-started LM|R4T-FOLM|MSE set regressor|R4T-Diffusion, Heun 4)$"
     rows = compared(config, tmp_path / "one", tmp_path / "two", 2, R4T, methods)
     assert rows[0] == rows[1] and len(rows[0]) == 5
