@@ -12,7 +12,10 @@ from typing import NamedTuple
 from genret.diffusion.dit import DiT
 from genret.language.decoder import Decoder, DecoderConfig
 
-DIT = "per layer 2T(4+2r)W^2 + 4T^2 W (+ cross-attention) + 2W 6W, and the maps in and out"
+DIT = (
+    "per layer 2T(4+2r)W^2 + 4T^2 W (+ cross-attention) + 2W 6W, the last 6TW^2 + 2K(1+2r)W^2 + 4KTW, "
+    "and the maps in and out"
+)
 TRAIN = f"3 x forward, 2 x for maps that read data; forward: {DIT}"
 
 
@@ -32,18 +35,22 @@ def dit(model: DiT, *, rows: int, context: int = 0, memory: int = 1) -> Forward:
     """One example through a `DiT`, of `rows` set rows, S = context items and C = memory rows."""
     w, d, e = model.width, model.embedding, model.memory_width or model.embedding
     tokens = rows + (2 + context if model.max_context else 0)
-    layer = 2 * tokens * (4 + 2 * model.mlp_ratio) * w * w + 4 * tokens * tokens * w
-    layer += 2 * w * (9 if model.cross else 6) * w if model.adaln else 0
+
+    def layer(out: int) -> float:
+        """A block whose last `out` tokens go on."""
+        total = 6 * tokens * w * w + 2 * out * (1 + 2 * model.mlp_ratio) * w * w + 4 * out * tokens * w
+        total += 2 * w * (9 if model.cross else 6) * w if model.adaln else 0
+        return total + (4 * out * w * w + 4 * out * memory * w if model.cross else 0)
+
     data = 2 * rows * d * w + 2 * 128 * w  # the set and the noise features
     if model.cross:
-        layer += 4 * tokens * w * w + 4 * tokens * memory * w
         data += model.depth * 2 * memory * e * 2 * w
     if model.max_context:
         data += 2 * (1 + context) * d * w
     if model.adaln:
         data += 2 * (model.domains + 1) * d * d if model.max_context else 2 * e * d
     head = 2 * w * w + 2 * rows * w * d + (2 * w * 2 * w if model.adaln else 0)
-    return Forward(float(model.depth * layer + head + data), float(data))
+    return Forward(float((model.depth - 1) * layer(tokens) + layer(rows) + head + data), float(data))
 
 
 def softmax_term(corpus: int, positives: int, width: int) -> float:

@@ -63,11 +63,13 @@ def torch_dit(retriever: Retriever, params: PyTree) -> Any:
             for name, part in weights.items():
                 setattr(self, name, linear(part))
 
-        def forward(self, x: Any, c: Any, mask: Any) -> Any:
+        def forward(self, x: Any, c: Any, mask: Any, rows: int) -> Any:
             parts = self.modulation(F.silu(c))[:, None].chunk(6, -1)
             h = F.layer_norm(x, (width,), eps=1e-6) * (1 + parts[1]) + parts[0]
             qkv = self.qkv(h).view(*x.shape[:2], 3, heads, width // heads).permute(2, 0, 3, 1, 4)
-            h = F.scaled_dot_product_attention(*qkv, attn_mask=mask).transpose(1, 2).reshape(x.shape)
+            q, k, v, x = qkv[0][:, :, -rows:], qkv[1], qkv[2], x[:, -rows:]
+            h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, :, -rows:])
+            h = h.transpose(1, 2).reshape(x.shape)
             x = x + parts[2] * self.attention_out(h)
             h = F.layer_norm(x, (width,), eps=1e-6) * (1 + parts[4]) + parts[3]
             return x + parts[5] * self.mlp_out(F.gelu(self.mlp_in(h), approximate="tanh"))
@@ -106,10 +108,11 @@ def torch_dit(retriever: Retriever, params: PyTree) -> Any:
             is_set = torch.arange(x.shape[1], device=x.device) >= 2 + seeds
             allowed = torch.where(is_set[None, :, None], every[:, None], seen[:, None])[:, None]
             c = c + asked
-            for block in self.blocks:
-                x = block(x, c, allowed)
+            for block in self.blocks[:-1]:
+                x = block(x, c, allowed, x.shape[1])
+            x = self.blocks[-1](x, c, allowed, rows)
             shift, scale = self.modulation(F.silu(c))[:, None].chunk(2, -1)
-            h = F.layer_norm(x[:, -rows:], (width,), eps=1e-6) * (1 + scale) + shift
+            h = F.layer_norm(x, (width,), eps=1e-6) * (1 + scale) + shift
             means = torch.einsum("bd,mde->bme", anchor * root, self.mean_map)
             mean = means[torch.arange(len(z), device=z.device), domain]
             sigma = torch.exp(4 * noise)[:, None]

@@ -144,7 +144,7 @@ def get_config(argument: str = "") -> ConfigDict:
         repeated=8,  # the first queries, which are drawn again for it; 0 = all
         steps=256,  # of the faithful sampler, Euler-Maruyama
         few=(4, 8, 16),  # Heun steps of the few-call lines
-        drawn=12,  # rows of a draw, of which the k of maximal marginal relevance stay; 0 = diffusion.rows
+        drawn=14,  # rows of a draw, of which the k of maximal marginal relevance stay; 0 = diffusion.rows
         guidance=0.1,  # w of the faithful sampler (B.6)
         pool=100,  # neighbours that re-ranking and clustering choose among
         depth=100,  # contents per direction, weakly supervised (B.8: 500)

@@ -54,6 +54,13 @@ def _fourier(noise: Array, features: int = 128) -> Array:
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)
 
 
+def _product(x: Array, kernel: Array, *_: Any, **more: Any) -> Array:
+    """x f32[..., W] times kernel f32[W, F] as one matrix product: with more axes XLA transposes what the
+    kernel's gradient reads, which takes a CPU as long again."""
+    rows = jax.lax.dot(x.reshape(-1, x.shape[-1]), kernel, **more)
+    return rows.reshape(*x.shape[:-1], kernel.shape[1])
+
+
 def _modulation(c: Array, parts: int, width: int) -> list[Array]:
     """adaLN-Zero: `parts` vectors f32[B, 1, W] read from c f32[B, W], all zero at initialisation."""
     zero = nn.initializers.zeros
@@ -74,9 +81,11 @@ class Block(nn.Module):
     attention: str | None
 
     @nn.compact
-    def __call__(self, x: Array, c: Array, mask: Array | None, memory: Array | None) -> Array:
+    def __call__(self, x: Array, c: Array, mask: Array | None, memory: Array | None, rows: int) -> Array:
+        """x f32[B, T, W] -> f32[B, rows, W]: the last `rows` tokens, the others are keys and values alone."""
+
         def dense(features: int, name: str) -> nn.Dense:
-            return nn.Dense(features, dtype=self.dtype, name=name)
+            return nn.Dense(features, dtype=self.dtype, dot_general=_product, name=name)
 
         def split(h: Array, n: int) -> list[Array]:  # [B, T, n·W] -> n × [B, T, H, W/H]
             h = h.reshape(*h.shape[:2], n * self.heads, self.width // self.heads)
@@ -92,6 +101,8 @@ class Block(nn.Module):
             return (_norm(x) * (1 + scale) + shift).astype(self.dtype)
 
         q, k, v = split(dense(3 * self.width, "qkv")(normed(0)), 3)
+        if rows < x.shape[1]:
+            x, q, mask = x[:, -rows:], q[:, -rows:], None if mask is None else mask[:, :, -rows:]
         h = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=self.attention)
         x = x + parts[2] * dense(self.width, "attention_out")(h.reshape(*x.shape))
         if self.cross:
@@ -143,7 +154,7 @@ class DiT(nn.Module):
         self._check(rows, width, condition)
 
         def dense(name: str, **kw: Any) -> nn.Dense:
-            return nn.Dense(self.width, dtype=self.dtype, name=name, **kw)
+            return nn.Dense(self.width, dtype=self.dtype, dot_general=_product, name=name, **kw)
 
         root = math.sqrt(width)  # unit-norm rows enter with coordinate variance 1
         memory = condition.memory
@@ -186,14 +197,15 @@ class DiT(nn.Module):
                 self.width, self.heads, self.cross, self.adaln, self.mlp_ratio, self.dtype, self.attention,
                 name=f"block_{i}",
             )  # fmt: skip
-            tokens = block(tokens, c, mask, memory)
+            # What comes after the last block reads the set alone.
+            last = i == self.depth - 1
+            tokens = block(tokens, c, mask, memory, rows if last else tokens.shape[1])
 
-        h = tokens[:, -rows:]
         if self.adaln:
             shift, scale = _modulation(c, 2, self.width)
-            h = _norm(h) * (1 + scale) + shift
+            h = _norm(tokens) * (1 + scale) + shift
         else:
-            h = nn.LayerNorm(name="norm")(h)
+            h = nn.LayerNorm(name="norm")(tokens)
         out = nn.Dense(width, kernel_init=nn.initializers.zeros, name="write_set")(h)
         if not self.adaln:
             return out
