@@ -7,6 +7,7 @@ import errno
 import os
 import shlex
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -61,6 +62,8 @@ def launch(
             given.append(None if folder.value is None else Path(folder.value))
         if together:  # those that go on where they were
             preemption.listen()
+        sys.unraisablehook = _unless_abandoned(sys.__unraisablehook__)
+        threading.excepthook = _unless_abandoned(threading.__excepthook__)
         try:
             with _joined(*(flag.value for flag in together)) if together else contextlib.nullcontext():
                 main(*given, **{n: flag.value for n, flag in more.items()})
@@ -74,6 +77,17 @@ def launch(
 
     flags.mark_flags_as_required(["config"] * config + ["workdir"] * bool(workdir))
     app.run(run)
+
+
+def _unless_abandoned(show: Callable[[Any], None]) -> Callable[[Any], None]:
+    """A hook for errors outside the main thread, without those of writes that Orbax gives up on a full disk:
+    the main thread is told, and each of the others would print a traceback, before or after its line."""
+
+    def hook(found: Any) -> None:
+        if not isinstance(found.exc_value, OSError) and str(found.exc_value) != "Event loop is closed":
+            show(found)
+
+    return hook
 
 
 def tell_overrides(config: ConfigDict, overrides: dict[str, Any]) -> None:

@@ -39,12 +39,12 @@ def test_stages_of_a_config_are_compiled_and_their_sizes_said(tmp_path, capsys, 
 
 
 def test_hppo_moves_parameters_between_devices_and_no_activations(tmp_path):
-    """A gather for each leaf of the model and of the reference, and a few sums; it was 470."""
+    """A gather for each leaf of the model and of the reference, and a few sums: 42 of them, once 470."""
     config = modit.get_config("size=test")
     config.mesh = dict(data=2, fsdp=4, tensor=1)
     command.main(config, "cpu:8", "^hppo$", str(tmp_path / "table.json"))
     (row,) = json.loads((tmp_path / "table.json").read_text())["rows"]
-    assert 0 < row["collectives"] < 60
+    assert 0 < row["collectives"] < 48
 
 
 def test_what_fit_would_refuse_is_refused():
