@@ -84,7 +84,8 @@ def _unless_abandoned(show: Callable[[Any], None]) -> Callable[[Any], None]:
     the main thread is told, and each of the others would print a traceback, before or after its line."""
 
     def hook(found: Any) -> None:
-        if not isinstance(found.exc_value, OSError) and str(found.exc_value) != "Event loop is closed":
+        error = found.exc_value
+        if not _is_full(error) and not (type(error) is RuntimeError and str(error) == "Event loop is closed"):
             show(found)
 
     return hook
@@ -109,12 +110,16 @@ def _multihost_flags() -> tuple[flags.FlagHolder, ...]:
 def one_line(error: BaseException) -> str | None:
     """What to say of an error that is not the program's: input, disk, or another process; None of others."""
     if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-        full = error.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # None: NumPy's
         where = "" if error.filename is None else f"{error.filename}: "
-        fix = "make room" if full else "use a folder that can be written"
+        fix = "make room" if _is_full(error) else "use a folder that can be written"
         return f"{where}{error.strerror or error}. {fix}, and start again: what is finished is kept"
     known = isinstance(error, InputError | processes.BarrierError)
     return str(error) if known else str(processes.lost(error) or "") or None
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Whether it says that there is no room; NumPy's have no errno."""
+    return isinstance(error, OSError) and error.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager

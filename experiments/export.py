@@ -223,7 +223,7 @@ def set_artifact(run: r4t.FanoutRun, rows: list[dict[str, Any]]) -> Artifact:
     card = {
         "outputs": {"sets": {"shape": ["batch", c.k, width], "dtype": "float32"}},
         "network_calls": network_calls("heun", steps),
-        "settings": {"sampler": "heun", "steps": steps, "guidance": 0.0, "rows": model.rows},
+        "settings": {"sampler": "heun", "steps": steps, "guidance": 0.0, "rows": model.rows, "kept": "MMR"},
         "figures": [{n: row[n] for n in ("method", *SET_FIGURES) if n in row}],
         "protocol": {
             "data": run.data.name, "contents": len(run.data.contents), "seed": run.seed, "k": c.k,

@@ -278,16 +278,16 @@ class FanoutRun:
             reward=lambda at, answers: reward(at, answers).reward, about=about,
         )  # fmt: skip
 
-    @property
-    def rows(self) -> int:
-        return self.config.diffusion.rows or self.config.k
+    def rows(self, regression: bool = False) -> int:
+        """L, what a set model is trained on; each place of the regressor is one of the k that are wanted."""
+        return (0 if regression else self.config.diffusion.rows) or self.config.k
 
     def retriever(self, regression: bool = False) -> Retriever:
         d = self.config.diffusion
         block = "adaln" if regression else d.block
         model = stages.set_dit(
-            d.size, embedding=self.data.width, rows=self.rows, block=block, positions=regression or None,
-            dims=d.dims,
+            d.size, embedding=self.data.width, rows=self.rows(regression), block=block,
+            positions=regression or None, dims=d.dims,
         )  # fmt: skip
         return Retriever(model, d.noise, d.drop)
 
@@ -301,8 +301,8 @@ class FanoutRun:
         c, regression = self.config, folder == "regressor"
         return stages.make_stage(
             folder, self.retriever(regression), self.space, self.sets, self.data.query_embeddings,
-            batch=c.diffusion.batch, rows=self.rows, keep_top=c.synthesis.keep_top, regression=regression,
-            seed=self.seed,
+            batch=c.diffusion.batch, rows=self.rows(regression), keep_top=c.synthesis.keep_top,
+            regression=regression, seed=self.seed,
         )  # fmt: skip
 
     def train_sets(self) -> None:
@@ -312,16 +312,17 @@ class FanoutRun:
 
     @functools.cache  # noqa: B019 - a run lives as long as its process
     def model(self, folder: str) -> SetRetriever:
-        """The set model of `folder`: regressor, or diffusion, that may draw more rows than it saw."""
+        """The set model of `folder`: regressor, or diffusion, which draws `spare` rows more where it can."""
         regression = folder == "regressor"
-        drawn = self.rows if regression else self.config.evaluation.drawn or self.rows
+        positions = regression or self.config.diffusion.block == "paper"
+        spare = 0 if positions else self.config.evaluation.spare
         retriever = self.retriever(regression)
         params = restore_params(
             self.folder / folder / "checkpoints", jax.eval_shape(retriever.init, jax.random.key(0)),
-            card=stages.model_card(retriever.model, self.space, self.rows),
+            card=stages.model_card(retriever.model, self.space, self.rows(regression)),
             step=self.options(folder).steps,
         )  # fmt: skip
-        return SetRetriever(retriever, jax.device_put(params), self.space, drawn)
+        return SetRetriever(retriever, jax.device_put(params), self.space, self.rows(regression) + spare)
 
     def train(self) -> None:
         """Policy, synthesis, set models; what is finished is not done again."""
@@ -343,11 +344,11 @@ def check(config: ConfigDict) -> None:
     if config.ablations and config.fanout.data != "words":
         problem = f"rewards compares components of a reward that {config.fanout.data} does not have"
         raise InputError("ablations", problem, "leave it out, or use data=words")
-    drawn, trained = config.evaluation.drawn, config.diffusion.rows or config.k
-    most = trained if config.diffusion.block == "paper" else max(drawn, trained)
-    if not config.k <= (drawn or trained) <= most:
-        problem = f"{drawn} rows of a model of {trained}, for sets of {config.k}"
-        raise InputError("evaluation.drawn", problem, f"use {config.k} to {most}, or 0 for all")
+    if 0 < config.diffusion.rows < config.k:
+        problem = f"{config.diffusion.rows} for sets of {config.k}"
+        raise InputError("diffusion.rows", problem, f"use {config.k} or more, or 0")
+    if config.evaluation.spare < 0:
+        raise InputError("evaluation.spare", f"{config.evaluation.spare} rows", "use 0 or more")
     if config.evaluation.part not in PARTS:
         problem = f"{config.evaluation.part!r} is asked of no method"
         raise InputError("evaluation.part", problem, f"use {' or '.join(PARTS)}")

@@ -1,6 +1,6 @@
 """Ask an exported set retriever: python serve.py EMBEDDINGS.npy QUERIES.npy [SEED]
 
-Prints the contents nearest to the K rows drawn for each query, rows of EMBEDDINGS.npy, one set a line.
+Prints the contents nearest to the K rows kept of each query's draw, rows of EMBEDDINGS.npy, one set a line.
 EMBEDDINGS.npy: f32[N, D], the contents; QUERIES.npy: f32[B, D], queries of the same encoder. Needs jax, numpy
 and flatbuffers.
 """

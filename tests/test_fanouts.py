@@ -225,10 +225,10 @@ def test_what_no_run_can_do_is_said_before_anything_is_opened(tmp_path, monkeypa
         config.evaluation.part = part
         with pytest.raises(InputError, match=said):
             next(r4t.open_runs(config, tmp_path))
-    for drawn, block in ((2, "adaln"), (4, "paper")):
+    for section, name, value in (("diffusion", "rows", 2), ("evaluation", "spare", -1)):
         config = configs.get_config("size=test")
-        config.evaluation.drawn, config.diffusion.block = drawn, block
-        with pytest.raises(InputError, match=f"^evaluation.drawn: {drawn} rows of a model of 3"):
+        config[section][name] = value
+        with pytest.raises(InputError, match=f"^{section}.{name}: {value} "):
             next(r4t.open_runs(config, tmp_path))
 
 

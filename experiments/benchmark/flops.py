@@ -13,8 +13,8 @@ from genret.diffusion.dit import DiT
 from genret.language.decoder import Decoder, DecoderConfig
 
 DIT = (
-    "per layer 2T(4+2r)W^2 + 4T^2 W (+ cross-attention) + 2W 6W, the last 6TW^2 + 2K(1+2r)W^2 + 4KTW, "
-    "and the maps in and out"
+    "per layer 2T(4+2r)W^2 + 4T^2 W (+ cross-attention) + 2W 6W, the last with 6TW^2 + 2K(1+2r)W^2 + 4KTW "
+    "for the first two, and the maps in and out"
 )
 TRAIN = f"3 x forward, 2 x for maps that read data; forward: {DIT}"
 

@@ -33,7 +33,7 @@ SIZES = {
         diffusion=dict(size="test", dims=8, batch=16, fit=fit_options(8, 1e-3)),
         regressor=fit_options(4, 1e-3),
         evaluation=dict(
-            queries=4, best_of=2, repeated=2, steps=4, few=(2, 4), drawn=4, latency=(1, 8), repeats=2
+            queries=4, best_of=2, repeated=2, steps=4, few=(2, 4), spare=1, latency=(1, 8), repeats=2
         ),
     ),
     "demo": {},
@@ -46,11 +46,9 @@ SIZES = {
         warm=dict(queries=10_000, fit=fit_options(200, 1e-3, **WARM)),
         rl=dict(count=64, fit=fit_options(1_000, 3e-4, **RL | {"save_every": 50})),
         synthesis=dict(queries=0, fanouts=128),
-        diffusion=dict(
-            size="r4t", block="paper", rows=12, dims=0, batch=512, fit=fit_options(1_000_000, 3e-4)
-        ),
+        diffusion=dict(size="r4t", block="paper", dims=0, batch=512, fit=fit_options(1_000_000, 3e-4)),
         regressor=fit_options(10_000, 1e-3),
-        evaluation=dict(queries=0, runs=5, repeated=0, drawn=0, latency=(1, 8, 64, 1024)),
+        evaluation=dict(queries=0, runs=5, repeated=0, latency=(1, 8, 64, 1024)),
     ),
 }
 
@@ -125,7 +123,7 @@ def get_config(argument: str = "") -> ConfigDict:
     c.diffusion = dict(
         size="demo",  # see r4t/stages.py
         block="adaln",  # paper: positions, no adaLN
-        rows=0,  # L; 0 = k (the paper: 12, of which it emits 10)
+        rows=0,  # L; 0 = k, more are padding in training (the paper: 12, of which it emits 10)
         centred=False,  # True: the diffusion runs on the residual to the query
         dims=64,  # principal directions of the rows it runs in; 0 = all
         noise="log_normal",  # or log_uniform
@@ -144,7 +142,7 @@ def get_config(argument: str = "") -> ConfigDict:
         repeated=8,  # the first queries, which are drawn again for it; 0 = all
         steps=256,  # of the faithful sampler, Euler-Maruyama
         few=(4, 8, 16),  # Heun steps of the few-call lines
-        drawn=14,  # rows of a draw, of which the k of maximal marginal relevance stay; 0 = diffusion.rows
+        spare=4,  # rows drawn beyond L (block=adaln); the k of maximal marginal relevance stay
         guidance=0.1,  # w of the faithful sampler (B.6)
         pool=100,  # neighbours that re-ranking and clustering choose among
         depth=100,  # contents per direction, weakly supervised (B.8: 500)

@@ -55,8 +55,8 @@ def _fourier(noise: Array, features: int = 128) -> Array:
 
 
 def _product(x: Array, kernel: Array, *_: Any, **more: Any) -> Array:
-    """x f32[..., W] times kernel f32[W, F] as one matrix product: with more axes XLA transposes what the
-    kernel's gradient reads, which takes a CPU as long again."""
+    """x [..., W] times kernel [W, F] as one matrix product: with more axes XLA transposes what the kernel's
+    gradient reads, which takes a CPU as long again."""
     rows = jax.lax.dot(x.reshape(-1, x.shape[-1]), kernel, **more)
     return rows.reshape(*x.shape[:-1], kernel.shape[1])
 
@@ -103,7 +103,10 @@ class Block(nn.Module):
         q, k, v = split(dense(3 * self.width, "qkv")(normed(0)), 3)
         if rows < x.shape[1]:
             x, q, mask = x[:, -rows:], q[:, -rows:], None if mask is None else mask[:, :, -rows:]
-        h = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=self.attention)
+        # cuDNN has no gradient of a masked attention over an odd number of tokens.
+        odd = self.attention == "cudnn" and (q.shape[1] % 2 or k.shape[1] % 2)
+        attention = None if odd else self.attention
+        h = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=attention)
         x = x + parts[2] * dense(self.width, "attention_out")(h.reshape(*x.shape))
         if self.cross:
             (q,) = split(dense(self.width, "query")(normed(1)), 1)

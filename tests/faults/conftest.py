@@ -107,7 +107,8 @@ class Pipeline:
                 if path.name in ("trained", "predictor_report.json", "warm_pairs.json")
             },
             "sets": {
-                path.name: path.read_bytes() for path in (self.workdir / "seed_0").glob("synthesis/*.npy")
+                str(path.relative_to(self.workdir)): path.read_bytes()
+                for path in sorted(self.workdir.glob("seed_0/synthesis/*/*.npy"))
             },
             "steps": logged(self.workdir),
             "tables": self.table().splitlines()[:-1],

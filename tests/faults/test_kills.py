@@ -15,6 +15,7 @@ def test_kills_change_nothing(pipeline, measured, paper, most):
     """Lives are uniform up to .35 of a pipeline's CPU seconds, so that kills fall everywhere in it; one that
     gets through begins anew in another folder until all kills are spent."""
     wanted, seconds = measured(paper)
+    assert bool(wanted["sets"]) == (paper == "r4t")
     rng, kills, runs, starts = random.Random(SEED), [], 0, collections.Counter()
     began, life = time.monotonic(), rng.uniform(0, 0.35 * seconds)
     while len(kills) < most:
