@@ -40,7 +40,8 @@ def dit(model: DiT, *, rows: int, context: int = 0, memory: int = 1) -> Forward:
         """A block whose last `out` tokens go on."""
         total = 6 * tokens * w * w + 2 * out * (1 + 2 * model.mlp_ratio) * w * w + 4 * out * tokens * w
         total += 2 * w * (9 if model.cross else 6) * w if model.adaln else 0
-        return total + (4 * out * w * w + 4 * out * memory * w if model.cross else 0)
+        read = 4 * out * w * w + 4 * out * memory * w if memory > 1 else 2 * w * w
+        return total + read * model.cross
 
     data = 2 * rows * d * w + 2 * 128 * w  # the set and the noise features
     if model.cross:

@@ -109,10 +109,13 @@ class Block(nn.Module):
         h = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=attention)
         x = x + parts[2] * dense(self.width, "attention_out")(h.reshape(*x.shape))
         if self.cross:
-            (q,) = split(dense(self.width, "query")(normed(1)), 1)
             k, v = split(dense(2 * self.width, "memory_kv")(memory.astype(self.dtype)), 2)
-            h = jax.nn.dot_product_attention(q, k, v, implementation=self.attention)
-            x = x + parts[5] * dense(self.width, "memory_out")(h.reshape(*x.shape))
+            if memory.shape[1] > 1 or self.is_initializing():
+                (q,) = split(dense(self.width, "query")(normed(1)), 1)
+                h = jax.nn.dot_product_attention(q, k, v, implementation=self.attention)
+            else:  # a softmax over one key is 1: every row reads its value, whatever it asks
+                h = v
+            x = x + parts[5] * dense(self.width, "memory_out")(h.reshape(*h.shape[:2], self.width))
         h = nn.gelu(dense(self.mlp_ratio * self.width, "mlp_in")(normed(branches - 1)))
         return x + parts[-1] * dense(self.width, "mlp_out")(h)
 

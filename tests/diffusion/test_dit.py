@@ -165,6 +165,22 @@ def test_without_a_prefix_everything_but_the_set_comes_from_the_memory(alone):
     assert not {"domain_embedding", "positions", "read_context", "mean_map"} & params.keys()
 
 
+def test_one_row_of_memory_is_read_as_the_same_row_twice_is(alone):
+    """Attention over one key needs no query, over two equal ones it computes the same mean; gradients too."""
+    model, _, moved, (z, noise, condition, anchor) = alone
+
+    def total(params, memory):
+        out = model.apply({"params": params}, z, noise, condition.replace(memory=memory), anchor)
+        return jnp.sum(jnp.sin(out)), out
+
+    grad = jax.value_and_grad(total, has_aux=True)
+    twice = jnp.repeat(condition.memory, 2, axis=1)
+    ((_, one), own), ((_, two), others) = grad(moved, condition.memory), grad(moved, twice)
+    np.testing.assert_allclose(one, two, atol=2e-5)
+    for a, b in zip(*map(jax.tree.leaves, (own, others)), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4)
+
+
 def test_a_unit_norm_memory_enters_the_blocks_with_coordinate_variance_one(alone):
     model, _, moved, given = alone
     _, state = model.apply({"params": moved}, *given, capture_intermediates=True, mutable="intermediates")
