@@ -29,7 +29,7 @@ REWRITE = "evaluate again in a new --workdir"
 
 # Leaves of a config's sections that a later command of the same run may give otherwise.
 FREE = {"catalogue": ("folder",), "fanout": ("folder",)}
-FREE |= {"evaluation": ("part", "runs", "repeated", "latency")}
+FREE |= {"evaluation": ("part", "runs", "repeated", "latency", "few")}
 JOIN = ("seeds", "ablations", "mesh", "command", "environment")  # whole sections, likewise
 
 

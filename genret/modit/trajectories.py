@@ -77,7 +77,7 @@ def neighbour_table(embeddings: np.ndarray, train: np.ndarray, *, k: int, index:
     """i32[N, k] nearest training items of every training item (itself left out), -1 for other rows."""
     rows = np.flatnonzero(train)
     x = np.asarray(embeddings[rows])
-    ids, _ = build_index(index, x, k + 1).search(x, k + 1)
+    ids, _ = build_index(index, x, k + 1, of_items=True).search(x, k + 1)
     itself = ids == np.arange(len(rows))[:, None]
     itself[:, -1] |= ~itself.any(1)
     table = np.full((len(train), k), -1, np.int32)

@@ -24,6 +24,9 @@ CHUNK = 64
 # then round alike for every block size (measured on CPU): ids depend on neither mesh nor batch.
 ALIGN = 128
 MIN_QUERIES = 32
+TREE = 100_000  # items from which ScaNN has a tree
+# Of a tree's leaves, and candidates rescored per neighbour, where items look for items.
+OWN_LEAVES, OWN_RESCORED = 0.04, 8
 
 
 class Index(Protocol):
@@ -229,7 +232,7 @@ def scann_index(
     n, threads = len(embeddings), os.cpu_count() or 1
     _check_k(k, n)
     if num_leaves is None:
-        num_leaves = round(math.sqrt(n)) if n >= 100_000 else 0
+        num_leaves = round(math.sqrt(n)) if n >= TREE else 0
     leaves = math.ceil(num_leaves / 2) if leaves_to_search is None else leaves_to_search
     if reorder is None:
         reorder = max(4000, 150 * k) if n >= 20_000 else 0
@@ -247,14 +250,22 @@ def scann_index(
     return ScannIndex(searcher, *embeddings.shape, k, leaves, reorder)
 
 
-def build_index(kind: str, embeddings: np.ndarray, k: int, mesh: Mesh | None = None) -> Index:
-    """'exact', 'scann' (tuned for depth k), or 'auto': ScaNN where it is installed, else exact."""
+def build_index(
+    kind: str, embeddings: np.ndarray, k: int, mesh: Mesh | None = None, *, of_items: bool = False
+) -> Index:
+    """'exact', 'scann' (tuned for depth k), or 'auto': ScaNN where it is installed, else exact.
+
+    of_items: the queries are the items themselves, which lie near what they look for: ScaNN with a tree then
+    searches `OWN_LEAVES` of it alone. Raises InputError for an unknown kind.
+    """
     if kind == "auto":
         kind = "scann" if importlib.util.find_spec("scann") else "exact"
     if kind == "exact":
         return ExactIndex(embeddings, mesh=mesh)
     if kind == "scann":
-        return scann_index(embeddings, k=k)
+        leaves = round(math.sqrt(len(embeddings)))
+        narrow = dict(leaves_to_search=math.ceil(OWN_LEAVES * leaves), reorder=OWN_RESCORED * k)
+        return scann_index(embeddings, k=k, **narrow if of_items and len(embeddings) >= TREE else {})
     raise InputError("index", f"no index is called {kind!r}", "Choose exact, scann or auto.")
 
 

@@ -227,6 +227,17 @@ def test_without_scann_the_exact_index_is_there(monkeypatch):
     assert build_index("auto", embeddings, 2).name == "exact"
 
 
+def test_items_that_look_for_items_need_few_leaves(monkeypatch):
+    pytest.importorskip("scann", reason="no ScaNN wheel for this platform")
+    embeddings = clustered(np.random.default_rng(7), 20_000)
+    assert build_index("scann", embeddings, 21, of_items=True).leaves == 0  # too few items for a tree
+    monkeypatch.setattr(index_module, "TREE", 20_000)
+    wide, narrow = (build_index("scann", embeddings, 21, of_items=own) for own in (False, True))
+    assert narrow.leaves < wide.leaves / 10 and narrow.reorder < wide.reorder
+    exact_ids, _ = ExactIndex(embeddings).search(embeddings[:300], 21)
+    assert recall(narrow.search(embeddings[:300], 21)[0], exact_ids) >= 0.99
+
+
 def test_auto_is_scann_where_it_is_installed():
     pytest.importorskip("scann", reason="no ScaNN wheel for this platform")
     assert build_index("auto", np.eye(4, dtype=np.float32), 2).name == "scann"
