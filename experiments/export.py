@@ -11,7 +11,7 @@ jax.export reads programs). A folder, not an archive: its serve.py runs and its 
 MO-DiT+HPPO is exported with the settings that validation chose, as results.jsonl has them: round, guidance
 and reach per attribute, of the contexts of --split. Guidance and reach are parameters; attributes of several
 rounds have several files of parameters, and card.json says whose is which. An R4T run exports its diffusion,
-drawn by Heun with the most steps of evaluation.few and no guidance.
+drawn by the last sampler of evaluation.few without guidance.
 
     --seed=1              another seed than 0
     --split=item_holdout  the settings for patterns that training saw; default: pattern_holdout, new ones
@@ -38,7 +38,7 @@ import genret
 from experiments import r4t, serve, serve_sets
 from experiments.catalogues import open_catalogue
 from experiments.command import launch
-from experiments.fanouts import DIFFUSION
+from experiments.fanouts import few_calls
 from experiments.modit import Run, open_run
 from experiments.programs import (
     PLATFORMS,
@@ -210,20 +210,24 @@ def query_artifact(run: Run, rows: list[dict[str, Any]], split: str) -> Artifact
 
 
 def set_artifact(run: r4t.FanoutRun, rows: list[dict[str, Any]]) -> Artifact:
-    """The set diffusion of one seed, drawn by Heun with the most steps of evaluation.few.
+    """The set diffusion of one seed, drawn by the last sampler of evaluation.few.
 
     rows: of that seed. Raises InputError where none is of this sampler, or the model is not trained.
     """
-    c, steps = run.config, max(run.config.evaluation.few)
-    name = f"{DIFFUSION}, Heun {steps}"
+    c, e = run.config, run.config.evaluation
+    *_, (name, method, steps) = few_calls(e.few)
+    levels = tuple(e.levels)
     row = next((r for r in rows if r.get("method") == name), None)
     if row is None:
         raise InputError("--workdir", f"no row of {name}", EVALUATE)
     model, width = run.model("diffusion"), run.data.width
     card = {
         "outputs": {"sets": {"shape": ["batch", c.k, width], "dtype": "float32"}},
-        "network_calls": network_calls("heun", steps),
-        "settings": {"sampler": "heun", "steps": steps, "guidance": 0.0, "rows": model.rows, "kept": "MMR"},
+        "network_calls": network_calls(method, steps),
+        "settings": {
+            "sampler": method, "steps": steps, "levels": levels, "guidance": 0.0, "rows": model.rows,
+            "kept": "MMR",
+        },
         "figures": [{n: row[n] for n in ("method", *SET_FIGURES) if n in row}],
         "protocol": {
             "data": run.data.name, "contents": len(run.data.contents), "seed": run.seed, "k": c.k,
@@ -232,8 +236,9 @@ def set_artifact(run: r4t.FanoutRun, rows: list[dict[str, Any]]) -> Artifact:
         "config": portable(json.loads(c.to_json_best_effort())),
     }  # fmt: skip
     program = set_program(
-        _anywhere(model.retriever), centred=model.space.centred, rows=model.rows, k=c.k, steps=steps
-    )
+        _anywhere(model.retriever), centred=model.space.centred, rows=model.rows, k=c.k, method=method,
+        steps=steps, levels=levels,
+    )  # fmt: skip
     inputs = {"query": (("batch", width), "float32"), "seed": ((), "uint32")}
     parameters = {"parameters.npz": flat(network=model.params, space=space_arrays(model.space))}
     return Artifact("sets", card, inputs, program, parameters, Path(serve_sets.__file__))

@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 
 from experiments.workdir import append_rows, read_rows
+from genret.diffusion.edm import SIGMA_MAX, SIGMA_MIN
+from genret.diffusion.retriever import Method
 from genret.r4t import baselines
 from genret.r4t.fanout import network_calls
 from genret.r4t.folm import LanguagePolicy, sample_fanouts
@@ -22,12 +24,14 @@ from genret.r4t.rewards import OAR
 from genret.retrieval import sets as metrics
 from genret.training import preemption
 from genret.training.log import Progress
+from genret.types import InputError
 
 if TYPE_CHECKING:
     from experiments.r4t import FanoutRun
 
 FOLM, DIFFUSION, RANDOM, SINGLE = "R4T-FOLM", "R4T-Diffusion", "random pool", "no fan-out"
 UNGUIDED, ORACLE = f"{DIFFUSION}, no guidance", "few-shot LM, oracle"
+FEW = {"euler": "Euler", "heun": "Heun", "exponential": "DPM-Solver++"}  # samplers of few calls
 PARTS = ("test", "validation")  # whose queries may be asked
 ENCODED = 64  # tokens of a query that are encoded, as `catalogue.fanout` does
 
@@ -85,8 +89,8 @@ def all_methods(run: FanoutRun) -> Iterator[FanoutMethod]:
     yield line("MSE set regressor", lambda: baselines.regressor(run.model("regressor")), calls=1)
     yield _drawn(run, DIFFUSION, "euler_maruyama", e.steps, e.guidance)
     yield _drawn(run, UNGUIDED, "euler_maruyama", e.steps, 0.0)
-    for steps in e.few:
-        yield _drawn(run, f"{DIFFUSION}, Heun {steps}", "heun", steps, 0.0)
+    for few in few_calls(e.few):
+        yield _drawn(run, few.name, few.method, few.steps, 0.0, tuple(e.levels))
 
 
 def _language(run: FanoutRun) -> Iterator[FanoutMethod]:
@@ -125,11 +129,40 @@ def _language(run: FanoutRun) -> Iterator[FanoutMethod]:
         yield make(name, lambda: run.policy, functools.cache(functools.partial(run.trained, folder)))
 
 
-def _drawn(run: FanoutRun, name: str, method: str, steps: int, guidance: float) -> FanoutMethod:
+class FewCalls(NamedTuple):
+    """A few-call sampler, of `retriever.Method`, and its line of the table."""
+
+    name: str
+    method: Method
+    steps: int
+
+
+def few_calls(asked: Sequence[str]) -> list[FewCalls]:
+    """ "heun 8" and the like, as `evaluation.few` has them. Raises InputError for another sampler."""
+    found = []
+    for each in asked:
+        method, _, steps = each.partition(" ")
+        if method not in FEW or not steps.isdigit() or not int(steps):
+            fix = f"write one of {', '.join(FEW)} and its steps: 'heun 8'"
+            raise InputError("evaluation.few", f"{each!r} is no sampler", fix)
+        found.append(FewCalls(f"{DIFFUSION}, {FEW[method]} {steps}", method, int(steps)))
+    return found
+
+
+def _drawn(
+    run: FanoutRun, name: str, method: Method, steps: int, guidance: float,
+    levels: tuple[float, float] = (SIGMA_MIN, SIGMA_MAX),
+) -> FanoutMethod:  # fmt: skip
     def answer(rows: np.ndarray, seed: int) -> Fanout:
         queries = run.data.query_embeddings[rows]
         made = run.model("diffusion").sets(
-            queries, run.config.k, method=method, steps=steps, guidance=guidance, seed=seed
+            queries,
+            run.config.k,
+            method=method,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            levels=levels,
         )
         return Fanout(made)
 

@@ -16,7 +16,7 @@ from flax import traverse_util
 from jax import export
 
 from genret.diffusion.edm import Space, unit
-from genret.diffusion.retriever import Retriever
+from genret.diffusion.retriever import Method, Retriever
 from genret.modit.density import DensityMLP
 from genret.r4t import stages
 from genret.r4t.fanout import kept
@@ -62,16 +62,19 @@ def query_program(retriever: Retriever, predictor: DensityMLP, *, centred: bool,
     return query
 
 
-def set_program(retriever: Retriever, *, centred: bool, rows: int, k: int, steps: int) -> Program:
+def set_program(
+    retriever: Retriever, *, centred: bool, rows: int, k: int, method: Method, steps: int,
+    levels: tuple[float, float],
+) -> Program:  # fmt: skip
     """(parameters, query f32[B, D], seed u32[]) -> unit-norm sets f32[B, k, D], as `SetRetriever.sets` draws
-    them by Heun in 2 `steps` - 1 network calls. Parameters: network, space. rows: L, drawn jointly."""
+    them by `method` in `steps` between `levels`. Parameters: network, space. rows: L, drawn jointly."""
 
     def sets(parameters: dict[str, Array], query: Array, seed: Array) -> Array:
         p = traverse_util.unflatten_dict(parameters, sep="/")
         keys = jax.random.split(jax.random.key(seed), query.shape[0])
         made = retriever.generate(
             p["network"], Space(**p["space"], centred=centred), stages.condition(query), keys,
-            method="heun", steps=steps, rows=rows,
+            method=method, steps=steps, rows=rows, levels=levels,
         )  # fmt: skip
         return kept(query, made, k)
 

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from experiments.fanouts import PARTS
+from experiments.fanouts import PARTS, few_calls
 from experiments.workdir import same_run, write_text
 from genret.catalogue import facets, playlists, polyvore, words
 from genret.catalogue.fanout import FanoutData, FanoutTexts, embed
@@ -349,6 +349,10 @@ def check(config: ConfigDict) -> None:
         raise InputError("diffusion.rows", problem, f"use {config.k} or more, or 0")
     if config.evaluation.spare < 0:
         raise InputError("evaluation.spare", f"{config.evaluation.spare} rows", "use 0 or more")
+    few_calls(config.evaluation.few)
+    levels = tuple(config.evaluation.levels)
+    if len(levels) != 2 or not 0 < levels[0] < levels[1]:
+        raise InputError("evaluation.levels", f"{levels}", "write the least and the largest noise level")
     if config.evaluation.part not in PARTS:
         problem = f"{config.evaluation.part!r} is asked of no method"
         raise InputError("evaluation.part", problem, f"use {' or '.join(PARTS)}")

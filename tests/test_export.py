@@ -239,8 +239,8 @@ def test_sets_are_the_main_lines(tmp_path):
     run = Handmade(config, data, None, tmp_path / "seed_0", 0)
     run.__dict__["given"] = given
     run.train_sets()
-    row = {"method": f"{DIFFUSION}, Heun 4", "seed": 0, "composite": 0.5, "queries": 1}
-    with pytest.raises(InputError, match="no row of R4T-Diffusion, Heun 4"):
+    row = {"method": f"{DIFFUSION}, DPM-Solver++ 4", "seed": 0, "composite": 0.5, "queries": 1}
+    with pytest.raises(InputError, match="no row of R4T-Diffusion, DPM-Solver\\+\\+ 4"):
         export.set_artifact(run, [row | {"method": DIFFUSION}])
     export.set_artifact(run, [row]).write(tmp_path / "artifact")
     queries = units(3, 4, width)
@@ -257,10 +257,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     said = alone(code, *(tmp_path / n for n in ("artifact", "queries.npy", "out.npz", "items.npy")))
     out, model = np.load(tmp_path / "out.npz"), run.model("diffusion")
     for name, asked_, seed in (("one", queries[:1], 5), ("three", queries[1:], 6)):
-        wanted = model.sets(asked_, config.k, method="heun", steps=4, guidance=0.0, seed=seed)
+        how = dict(method="exponential", steps=4, guidance=0.0, levels=tuple(config.evaluation.levels))
+        wanted = model.sets(asked_, config.k, **how, seed=seed)
         np.testing.assert_allclose(out[name], wanted, atol=1e-5)
     first = (data.embeddings @ out["one"][0].T).argmax(0).tolist()
     assert [int(n) for n in said.splitlines()[0].split("\t")] == first and len(said.splitlines()) == 4
     card = json.loads((tmp_path / "artifact" / "card.json").read_text())
-    assert card["network_calls"] == 7 and card["figures"][0]["composite"] == 0.5
-    assert "| heun | 4 | 0.0 |" in (tmp_path / "artifact" / "card.md").read_text()
+    assert card["network_calls"] == 4 and card["figures"][0]["composite"] == 0.5
+    assert "| exponential | 4 | " in (tmp_path / "artifact" / "card.md").read_text()

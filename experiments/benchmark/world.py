@@ -192,7 +192,7 @@ class World:
     @functools.cached_property
     def params(self) -> PyTree:
         """Parameters off their start, where a zero-initialised network would compute nothing."""
-        params = jax.jit(self.retriever.init)(jax.random.key(0))
+        params = self.retriever.init(jax.random.key(0))
         leaves, tree = jax.tree.flatten(params)
         keys = jax.random.split(jax.random.key(1), len(leaves))
         moved = [p + 0.02 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]

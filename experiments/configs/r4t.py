@@ -27,13 +27,20 @@ SIZES = {
         fanout=dict(contents=2_000, queries=150),
         k=3,
         language=dict(lora_layers=2, max_new=40, batch=8),
-        warm=dict(queries=8, batch=4, fit=fit_options(12, 2e-3, **WARM)),
+        warm=dict(queries=8, batch=4, fit=fit_options(4, 2e-3, **WARM)),
         rl=dict(count=2, group=2, fit=fit_options(2, 3e-4, **RL)),
         synthesis=dict(queries=8, shard=8),
         diffusion=dict(size="test", dims=8, batch=16, fit=fit_options(8, 1e-3)),
         regressor=fit_options(4, 1e-3),
         evaluation=dict(
-            queries=4, best_of=2, repeated=2, steps=4, few=(2, 4), spare=1, latency=(1, 8), repeats=2
+            queries=4,
+            best_of=2,
+            repeated=0,
+            steps=4,
+            few=("heun 2", "exponential 4"),
+            spare=1,
+            latency=(8,),
+            repeats=2,
         ),
     ),
     "demo": {},
@@ -141,7 +148,8 @@ def get_config(argument: str = "") -> ConfigDict:
         runs=2,  # draws of a method, for Vendi over runs (B.8: 5)
         repeated=8,  # the first queries, which are drawn again for it; 0 = all
         steps=256,  # of the faithful sampler, Euler-Maruyama
-        few=(4, 8, 16),  # Heun steps of the few-call lines
+        few=("heun 8", "exponential 8", "exponential 16"),  # few-call lines; the last is exported
+        levels=(0.1, 10.0),  # least and largest noise level of theirs
         spare=4,  # rows drawn beyond L (block=adaln); the k of maximal marginal relevance stay
         guidance=0.1,  # w of the faithful sampler (B.6)
         pool=100,  # neighbours that re-ranking and clustering choose among

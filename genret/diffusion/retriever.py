@@ -28,6 +28,7 @@ class Retriever:
     noise: edm.NoiseKind = "log_uniform"
     drop: float = 0.1
 
+    @functools.partial(jax.jit, static_argnames="self")
     def init(self, key: Array) -> PyTree:
         """Parameters, float32."""
         d, m = self.model.embedding, self.model.domains
@@ -81,6 +82,7 @@ class Retriever:
         rows = clean.shape[1] if present is None else jnp.maximum(present.sum(1), 1)
         return Terms(error / (rows * clean.shape[2]), batch.weight)
 
+    @functools.partial(jax.jit, static_argnames=("self", "rows"))
     def query(self, params: PyTree, space: edm.Space, condition: Condition, rows: int = 1) -> Array:
         """The one-call query D(0; σ_max), unit-norm f32[B, rows, D]: the posterior mean under `loss`."""
         anchor = space.anchor(condition)
@@ -96,7 +98,7 @@ class Retriever:
         error = sampler.posterior_mean(denoise, jnp.zeros_like(clean)) - clean
         return Terms(jnp.mean(error**2, axis=(1, 2)), batch.weight)
 
-    @functools.partial(jax.jit, static_argnames=("self", "method", "steps", "rows"))
+    @functools.partial(jax.jit, static_argnames=("self", "method", "steps", "rows", "levels"))
     def generate(
         self,
         params: PyTree,
@@ -108,12 +110,13 @@ class Retriever:
         method: Method = "posterior_mean",
         steps: int = 18,
         rows: int = 1,
+        levels: tuple[float, float] = (edm.SIGMA_MIN, edm.SIGMA_MAX),
     ) -> Array:
         """Queries, unit-norm f32[B, rows, D].
 
         key: key[B], one per context. guidance: w of `sampler.guide` between the condition and
         its `null`, scalar or f32[B]; None spares the second network call. steps: of the
-        schedule; `sampler` says how many network calls they cost.
+        schedule between `levels` (least σ, largest σ); `sampler` says how many network calls they cost.
         """
         anchor = space.anchor(condition)
         denoise = self.denoiser(params, condition, anchor)
@@ -127,7 +130,7 @@ class Retriever:
         if method == "posterior_mean":
             z = sampler.posterior_mean(denoise, jnp.zeros((anchor.shape[0], *shape)))
         else:
-            sigmas = sampler.schedule(steps)
+            sigmas = sampler.schedule(steps, sigma_min=levels[0], sigma_max=levels[1])
             z = sigmas[0] * edm.gaussian_noise(key, shape)
             if method == "euler_maruyama":
                 keys = jax.vmap(lambda k: jax.random.fold_in(k, 1))(key)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from genret.diffusion.edm import Space
+from genret.diffusion.edm import SIGMA_MAX, SIGMA_MIN, Space
 from genret.diffusion.retriever import Method, Retriever
 from genret.r4t.prompts import K
 from genret.r4t.stages import condition
@@ -60,9 +60,11 @@ class SetRetriever:
     def sets(
         self, queries: np.ndarray, k: int | None = None, *, method: Method = "euler_maruyama",
         steps: int = SDE_STEPS, guidance: float = GUIDANCE, seed: int = 0,
+        levels: tuple[float, float] = (SIGMA_MIN, SIGMA_MAX),
     ) -> np.ndarray:  # fmt: skip
         """Unit-norm queries f32[Q, D] -> sets f32[Q, k, D], unit-norm: the k of L rows drawn that are `kept`.
 
+        levels: least and largest σ of the schedule.
         Query q's draw depends on `seed` and q alone. Runs in blocks of one compiled shape; `network_calls`
         says what a draw costs. Raises InputError for k > L, and for the posterior mean of a model whose rows
         have no positions: they would all be the same.
@@ -82,7 +84,7 @@ class SetRetriever:
             padded = np.resize(at, size)
             drawn = self.retriever.generate(
                 self.params, self.space, condition(queries[padded]), keys[padded], w,
-                method=method, steps=steps, rows=self.rows,
+                method=method, steps=steps, rows=self.rows, levels=levels,
             )  # fmt: skip
             out[at] = np.asarray(kept(queries[padded], drawn, k))[: len(at)]
         return out

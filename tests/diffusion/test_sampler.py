@@ -27,7 +27,7 @@ def gaussian_flow(z, mean, variance, start):
     return mean + (z - mean) * jnp.sqrt(variance / (variance + start**2))
 
 
-@pytest.mark.parametrize("name, order", [("euler", 1), ("exponential", 1), ("heun", 2)])
+@pytest.mark.parametrize("name, order", [("euler", 1), ("exponential", 2), ("heun", 2)])
 def test_order_of_convergence(name, order):
     jax.config.update("jax_enable_x64", True)
     try:

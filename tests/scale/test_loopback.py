@@ -83,7 +83,7 @@ def test_two_processes_run_r4t_as_one(tmp_path):
     config = [*tiny_r4t(tmp_path), "--config.evaluation.latency=(2,)", "--config.mesh.fsdp=2"]
     for run in ("one", "two"):
         write_warm_pairs(tmp_path / run)
-    methods = "^(MMR re-ranking|warm-started LM|R4T-FOLM|MSE set regressor|R4T-Diffusion, Heun 4)$"
+    methods = "^(MMR re-ranking|warm-started LM|R4T-FOLM|MSE set regressor|R4T-Diffusion, Heun 2)$"
     rows = compared(config, tmp_path / "one", tmp_path / "two", 2, R4T, methods)
     assert rows[0] == rows[1] and len(rows[0]) == 5
     log = (tmp_path / "two" / "seed_0" / "folm" / "metrics.jsonl").read_text().splitlines()
