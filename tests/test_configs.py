@@ -2,12 +2,14 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -18,6 +20,7 @@ from experiments.configs import modit
 from experiments.modit import open_run
 from experiments.report_rows import read_about
 from experiments.workdir import read_rows, same_run
+from genret.training.mesh import make_mesh
 from genret.types import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,6 +68,10 @@ def test_every_leaf_is_read_by_a_whole_run(tmp_path, monkeypatch):
     config = modit.get_config("size=test,ablations=kinds+curves")
     config.catalogue.folder = str(tmp_path / "data")
     config = tracked(config)
+    # One of the simulated devices, as on a laptop: meshes are tested elsewhere.
+    monkeypatch.setattr(
+        "experiments.modit.make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1])
+    )
     Reads.seen.clear()
     catalogue = open_catalogue(config.catalogue)
     same_run(config, catalogue.arrays, tmp_path / "run")

@@ -79,7 +79,7 @@ def run_of(data, folder, params=None):
 def params(tmp_path_factory):
     """A model that writes well-formed answers of any contents."""
     run = run_of(data_of(False), tmp_path_factory.mktemp("made"))
-    begun = jax.device_get(run.policy.init(jax.random.key(0)))
+    begun = jax.device_get(jax.jit(run.policy.init)(jax.random.key(0)))
     begun = {**begun, "embed_tokens": {"embedding": 20 * begun["embed_tokens"]["embedding"]}}
     rng = np.random.default_rng(0)
     pairs = [(f"theme {i}", rng.permutation(CONTENTS)[:3].tolist()) for i in range(64)]

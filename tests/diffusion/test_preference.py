@@ -189,7 +189,7 @@ def models(retriever):
     """Two networks that are not zero: the policy and its reference."""
 
     def moved(seed):
-        leaves, tree = jax.tree.flatten(jax.jit(retriever.init)(jax.random.key(0)))
+        leaves, tree = jax.tree.flatten(retriever.init(jax.random.key(0)))
         keys = jax.random.split(jax.random.key(seed), len(leaves))
         return jax.tree.unflatten(
             tree, [x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
@@ -296,7 +296,7 @@ def test_plain_dpo_lets_the_winner_go_and_the_defaults_hold_it(retriever, space)
     sides = [anchor + 0.6 * np.eye(D)[0] + sign * 0.1 * np.eye(D)[1] for sign in (1, -1)]
     sides = [(x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)[:, None] for x in sides]
     batch = PairBatch(condition, *sides, np.ones(B, np.float32))
-    reference = jax.jit(retriever.init)(jax.random.key(0))
+    reference = retriever.init(jax.random.key(0))
     frozen = {"space": space, "reference": reference}
 
     def trained(options, steps=40):

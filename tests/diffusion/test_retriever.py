@@ -102,7 +102,7 @@ def test_loss_at_initialisation_is_the_energy_of_the_target(retriever):
     target = edm.unit(jax.random.normal(jax.random.key(3), (4096, 1, D)))
     space = edm.fit_space(condition, target, np.zeros((M + 1, D)))
     draw = draw_for(0, jnp.int32(0), 4096)
-    terms = retriever.loss(params, space, Batch(condition, target, jnp.ones(4096)), draw)
+    terms = jax.jit(retriever.loss)(params, space, Batch(condition, target, jnp.ones(4096)), draw)
     z0 = space.encode(target, space.anchor(condition))
     s2 = edm.noise_level(draw.uniform) ** 2
     expected = (s2 * jnp.sum(z0**2, (1, 2)) + D) / (1 + s2) / D

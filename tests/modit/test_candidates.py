@@ -80,7 +80,7 @@ def untrained(data):
     """The seed mean, by a network that is zero."""
     retriever = Retriever(DiT(width=16, depth=1, heads=2, embedding=D, domains=M, max_context=10))
     space = edm.Space(jnp.full(D, 0.3), jnp.zeros((M + 1, D)))
-    params = jax.jit(retriever.init)(jax.random.key(0))
+    params = retriever.init(jax.random.key(0))
     return MoDiT(retriever, params, space, data.embeddings, data.density, block=64)
 
 

@@ -25,7 +25,7 @@ def test_the_encoder_starts_at_the_seed_mean():
     x = np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32)
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     domain = np.array([0, 1, 2, 0, 1, 2])
-    params = model.init(jax.random.key(0), x, domain)
+    params = jax.jit(model.init)(jax.random.key(0), x, domain)
     np.testing.assert_allclose(model.apply(params, x, domain), x, atol=1e-6)
 
 
@@ -58,7 +58,7 @@ def captured(monkeypatch):
     seen = {}
 
     def fit(stage, workdir, options, mesh):
-        seen.update(stage=stage, params=stage.init(jax.random.key(0)))
+        seen.update(stage=stage, params=jax.jit(stage.init)(jax.random.key(0)))
         return types.SimpleNamespace(ema=seen["params"])
 
     monkeypatch.setattr(contrastive, "fit", fit)
@@ -79,7 +79,7 @@ def test_loss_of_three_items_by_hand(captured, monkeypatch, tmp_path):
     stage = captured["stage"]
     batch = stage.batch(0, None)
     np.testing.assert_allclose(batch["x"], X[:1])  # the one item of the low half
-    terms = stage.loss(captured["params"], stage.frozen, batch, None)
+    terms = jax.jit(stage.loss)(captured["params"], stage.frozen, batch, None)
     # 0 is a positive too, but it is the seed: log(1 + e^-3.2) over 1 and 2.
     np.testing.assert_allclose(terms.loss, [np.log(1 + np.exp(-3.2))], atol=1e-5)
     np.testing.assert_array_equal(terms.weight, [1.0])

@@ -48,7 +48,7 @@ def space():
 @pytest.fixture(scope="module")
 def reference(retriever):
     """A network near the seed mean that is not zero."""
-    leaves, tree = jax.tree.flatten(jax.jit(retriever.init)(jax.random.key(0)))
+    leaves, tree = jax.tree.flatten(retriever.init(jax.random.key(0)))
     keys = jax.random.split(jax.random.key(1), len(leaves))
     moved = [x + 0.02 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
     return jax.tree.map(np.array, jax.tree.unflatten(tree, moved))

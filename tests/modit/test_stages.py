@@ -299,7 +299,7 @@ def test_retrieval_term_by_hand(world, stage_of):
     batch = stage.batch(0, None)
     assert leaves_equal(batch.examples, plain.batch(0, None))
     params, draw = stage.init(jax.random.key(0)), draw_for(0, jnp.int32(0), 19)
-    terms = stage.loss(params, stage.frozen, batch, draw)
+    terms = jax.jit(stage.loss)(params, stage.frozen, batch, draw)
     denoising = plain.loss(params, plain.frozen, batch.examples, draw)
     np.testing.assert_array_equal(stage.frozen["corpus"], data.train)
     context, domain = (

@@ -27,7 +27,7 @@ def make(**model):
     retriever = Retriever(stages.set_dit("test", embedding=D, rows=L, **model))
     rng = np.random.default_rng(1)
     params = jax.tree.map(
-        lambda x: x + 0.2 * jnp.float32(rng.normal(size=x.shape)), jax.jit(retriever.init)(jax.random.key(0))
+        lambda x: x + 0.2 * jnp.float32(rng.normal(size=x.shape)), retriever.init(jax.random.key(0))
     )
     return SetRetriever(retriever, params, edm.plain_space(D, 0), rows=L, block=4)
 
@@ -104,7 +104,7 @@ def test_seeds_queries_and_guidance_are_read(model):
 def test_an_untrained_model_draws_rows_uniform_on_the_sphere():
     """A zero network is the exact denoiser of N(0, 1/D): directions without preference."""
     retriever = Retriever(stages.set_dit("test", embedding=D, rows=L))
-    params = jax.jit(retriever.init)(jax.random.key(0))
+    params = retriever.init(jax.random.key(0))
     model = SetRetriever(retriever, params, edm.plain_space(D, 0), rows=L, block=512)
     sets = model.sets(units(2, 512, D), steps=16, guidance=0.0).reshape(-1, D)
     np.testing.assert_allclose(sets.T @ sets / len(sets), np.eye(D) / D, atol=0.02)

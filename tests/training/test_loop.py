@@ -114,7 +114,7 @@ def test_microbatches_change_nothing(six_steps, on_one_device, mesh):
 
 
 def test_gradient_is_that_of_the_weighted_mean(stage):
-    params = stage.init(jax.random.key(0))
+    params = jax.jit(stage.init)(jax.random.key(0))
     batch, draw = make_batch(0), draw_for(0, jnp.int32(0), B)
     weight = np.linspace(0.0, 2.0, B).astype(np.float32)
     batch = batch.replace(weight=weight)
@@ -124,13 +124,14 @@ def test_gradient_is_that_of_the_weighted_mean(stage):
         return jnp.sum(weight * terms.loss) / weight.sum()
 
     for parts in (1, 4):
-        gradient, metrics = gradients(stage, params, batch, draw, parts)
+        ours = jax.jit(lambda p, parts=parts: gradients(stage, p, batch, draw, parts))
+        gradient, metrics = ours(params)
         assert difference(gradient, jax.jit(jax.grad(mean))(params)) < 1e-6
-        np.testing.assert_allclose(metrics["loss"], mean(params), rtol=1e-5)
+        np.testing.assert_allclose(metrics["loss"], jax.jit(mean)(params), rtol=1e-5)
 
 
 def test_rows_of_weight_zero_change_nothing(stage):
-    params = stage.init(jax.random.key(0))
+    params = jax.jit(stage.init)(jax.random.key(0))
     draw = draw_for(0, jnp.int32(0), B)
     batch = make_batch(0)
     weight = (np.arange(B) < 12).astype(np.float32)
@@ -199,7 +200,7 @@ def test_a_finished_run_returns_at_once_and_init_from_starts_where_told(stage, r
 
 def test_ema_and_adamw_follow_optax(stage, reference, tmp_path):
     """One step by hand: the same gradient through the same optax chain, EMA decay min(.999, 1/10)."""
-    start = stage.init(jax.random.key(0))
+    start = jax.jit(stage.init)(jax.random.key(0))
     options = FitOptions(steps=1, **OPTIONS)
     state = fit(stage, tmp_path, options, mesh=one_device())
     gradient, _ = gradients(stage, start, make_batch(0), draw_for(0, jnp.int32(0), B))
