@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -21,10 +22,12 @@ from experiments.workdir import append_rows, same_run
 from genret.catalogue.fanout import FanoutData
 from genret.modit.baselines import reach
 from genret.modit.protocol import SPLITS
+from genret.training.mesh import make_mesh
 from genret.types import InputError
 
 # (round, guidance, reach) of each attribute: two rounds, one of them with guidance.
 SETTINGS = [(8, 0.0, 0.8), (4, 2.0, 1.0), (8, 0.0, 1.25), (4, 0.0, 1.0)]
+ONE = make_mesh(devices=jax.devices()[:1])  # one of the eight simulated devices
 ALONE = """
 import runpy, sys
 class Blocked:
@@ -60,6 +63,7 @@ def trained(molecules, tmp_path_factory):
     same_run(config, molecules.arrays, workdir)
     run = open_run(config, workdir, 0, molecules)
     run = Short(run.config, run.catalogue, run.splits, run.folder, 0)
+    run.__dict__["mesh"] = ONE
     run.train()
     rows = [
         {"method": export.HEADLINE, "seed": 0, "split": split, "domain": name, "joint": 0.25, "k": 20,
@@ -238,6 +242,7 @@ def test_sets_are_the_main_lines(tmp_path):
     )
     run = Handmade(config, data, None, tmp_path / "seed_0", 0)
     run.__dict__["given"] = given
+    run.__dict__["mesh"] = ONE
     run.train_sets()
     row = {"method": f"{DIFFUSION}, DPM-Solver++ 4", "seed": 0, "composite": 0.5, "queries": 1}
     with pytest.raises(InputError, match="no row of R4T-Diffusion, DPM-Solver\\+\\+ 4"):

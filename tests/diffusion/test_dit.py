@@ -24,7 +24,7 @@ def case(request):
     condition = Condition(jnp.asarray(context), jnp.asarray(mask), jnp.array([0, 1, 2]), memory)
     z, noise = jnp.asarray(rng.normal(size=(B, K, D)), jnp.float32), jnp.array([0.1, -1.0, 0.5])
     anchor = edm.unit(jnp.asarray(rng.normal(size=(B, D)), jnp.float32))
-    params = model.init(jax.random.key(0), z, noise, condition, anchor)
+    params = jax.jit(model.init)(jax.random.key(0), z, noise, condition, anchor)
     # Zero-initialised layers hide everything behind them, so symmetries are tested off the origin.
     keys = iter(jax.random.split(jax.random.key(1), 200))
     moved = jax.tree.map(lambda p: p + 0.2 * jax.random.normal(next(keys), p.shape), params)
