@@ -58,7 +58,7 @@ def make_policy(lora=0, **changes):
 @pytest.fixture(scope="module")
 def base():
     tokens = jnp.zeros((1, 2), jnp.int32)
-    params = jax.device_get(jax.jit(Decoder(CONFIG).init)(jax.random.key(0), tokens, tokens == 0)["params"])
+    params = jax.device_get(Decoder(CONFIG).init(jax.random.key(0), tokens, tokens == 0)["params"])
     # Words far enough apart that a tied head of width 16 can tell them for certain.
     return {**params, "embed_tokens": {"embedding": 20 * params["embed_tokens"]["embedding"]}}
 
@@ -264,7 +264,7 @@ def test_soft_grpo_raises_the_reward_and_leaves_the_base_alone(warmed, tmp_path,
         "policy", policy, start, QUERIES, np.arange(3), rewards, count=3, group=16, reuse=2,
         workdir=tmp_path,
     )  # fmt: skip
-    fresh = jax.jit(policy.init)(jax.random.key(0))
+    fresh = policy.init(jax.random.key(0))
     before = mean_reward(policy, policy.variables(fresh, start), rewards)
     assert before.reward.mean() < 0.6 and before.valid.mean() > 0.9
     state = fit(stage, tmp_path, FitOptions(60, learning_rate=1e-2, warmup=5, log_every=1))
