@@ -67,7 +67,7 @@ def exponential(denoise: Denoiser, z: Array, sigmas: Array) -> Array:
 
         z' = (σ'/σ) z + (1 - σ'/σ) D̂      D̂ = D + h / (2 h_before) (D - D_before)
 
-    is exact for a D linear in λ, second order in one call a step. The first step, which has no D before it,
+    is exact for a constant D, and second order in one call a step. The first step, which has no D before it,
     and the last, to σ = 0, take D̂ = D.
     """
     sigmas = jnp.asarray(sigmas, jnp.float32)
