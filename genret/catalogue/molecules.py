@@ -6,9 +6,14 @@ What worker processes run is rdkit and numpy: no device is touched there.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import hashlib
+import itertools
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+import zipfile
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +23,8 @@ from threadpoolctl import threadpool_limits
 from genret.types import InputError
 
 BITS, RADIUS = 2048, 2
+CHUNK = 500  # molecules sent to a process at a time
+PART = 100 * CHUNK  # molecules to a file of a description: some minutes of a core
 Progress = Callable[[int, int], None]
 
 
@@ -48,6 +55,57 @@ def describe(smiles: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     return fingerprints, properties
 
 
+def describe_all(
+    smiles: Sequence[str], folder: Path, *, workers: int | None = None, progress: Progress | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """`describe` over processes, for hours if need be: u8[n, 256] and f64[n, 4].
+
+    folder: where each whole part of PART molecules is kept, so that a build that was killed goes on; the
+    caller removes it when it has no more need of it. A part that cannot be read is described again.
+    progress: of the molecules that were not kept.
+    """
+    parts = [smiles[start : start + PART] for start in range(0, len(smiles), PART)]
+    files = [folder / _name(part) for part in parts]
+    found = [_read_part(file, len(part)) for file, part in zip(files, parts, strict=True)]
+    absent = [i for i, part in enumerate(found) if part is None]
+    todo = [text for i in absent for text in parts[i]]
+    # Parts but the last are whole chunks, so that one pool of processes serves all of them.
+    results = map_chunks(describe, todo, workers=workers, progress=progress, chunk=CHUNK)
+    for i in absent:
+        chunks = itertools.islice(results, -(-len(parts[i]) // CHUNK))
+        found[i] = tuple(map(np.concatenate, zip(*chunks, strict=True)))
+        if len(parts[i]) == PART:
+            _keep_part(files[i], *found[i])
+    results.close()
+    fingerprints, properties = map(np.concatenate, zip(*found, strict=True))
+    return fingerprints, properties
+
+
+def _name(part: Sequence[str]) -> str:
+    """Of the file of a part: by its molecules and what describes them."""
+    import rdkit
+
+    content = "\n".join([rdkit.__version__, *part])
+    return f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.npz"
+
+
+def _read_part(file: Path, rows: int) -> tuple[np.ndarray, np.ndarray] | None:
+    try:
+        with np.load(file, allow_pickle=False) as found:
+            fingerprints, properties = found["fingerprints"], found["properties"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    return (fingerprints, properties) if len(fingerprints) == len(properties) == rows else None
+
+
+def _keep_part(file: Path, fingerprints: np.ndarray, properties: np.ndarray) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")
+    with open(temporary, "wb") as out:
+        np.savez(out, fingerprints=fingerprints, properties=properties)
+    os.replace(temporary, file)
+
+
 def scaffolds(smiles: Sequence[str]) -> list[str]:
     """Canonical SMILES of each Murcko scaffold (Bemis and Murcko 1996): rings and what links them.
 
@@ -70,31 +128,32 @@ def map_chunks(
     *,
     workers: int | None = None,
     progress: Progress | None = None,
-    chunk: int = 500,
-) -> list[Any]:
-    """[function(items[:chunk]), function(items[chunk:2 chunk]), ...] in order, over processes.
+    chunk: int = CHUNK,
+) -> Generator[Any, None, None]:
+    """Yields function(items[:chunk]), function(items[chunk:2 chunk]), ... in order, over processes.
 
-    workers: None takes every core, 1 stays in this process. Processes are spawned, not forked: JAX
-    is multithreaded, and a fork of it may hang. `progress(done, total)` counts items.
+    workers: None takes every core that this process may use, 1 stays in it. Processes are spawned, not
+    forked: JAX is multithreaded, and a fork of it may hang. `progress(done, total)` counts items.
     """
     parts = [items[i : i + chunk] for i in range(0, len(items), chunk)]
-    workers = min(workers or os.cpu_count() or 1, len(parts))
-    done, out = 0, []
-
-    def collect(results) -> list[Any]:
-        nonlocal done
-        for part, result in zip(parts, results, strict=True):
-            out.append(result)
+    workers = min(workers or _cores(), len(parts))
+    context = multiprocessing.get_context("spawn")
+    with contextlib.ExitStack() as stack:
+        if workers > 1:
+            pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context)
+            stack.callback(pool.shutdown, cancel_futures=True)
+        done = 0
+        for part, result in zip(parts, (pool.map if workers > 1 else map)(function, parts), strict=True):
             done += len(part)
             if progress:
                 progress(done, len(items))
-        return out
+            yield result
 
-    if workers <= 1:
-        return collect(map(function, parts))
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        return collect(pool.map(function, parts))
+
+def _cores() -> int:
+    """Those a scheduler grants, where the system tells them from those of the machine."""
+    granted = getattr(os, "sched_getaffinity", None)
+    return len(granted(0)) if granted else os.cpu_count() or 1
 
 
 def require_rdkit() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.metadata
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -21,7 +22,7 @@ from genret.catalogue import format
 from genret.catalogue.clusters import spherical_kmeans
 from genret.catalogue.molecules import (
     Progress,
-    describe,
+    describe_all,
     fit_projection,
     map_chunks,
     project,
@@ -75,6 +76,8 @@ def build(
     progress: called as progress(done, total) with molecules described, and before that, for
         pattern="scaffold", with molecules searched for scaffolds.
 
+    A build that was killed goes on from what it had described, kept in `path`.described until it is done.
+
     id: "<published split>/<row>"; text: SMILES; attributes: logp_low, tpsa_high, fsp3_high,
     qed_high. The `split` column gives the role of every row, so `make_splits` draws none, and the
     SVD has seen training rows only.
@@ -99,7 +102,9 @@ def build(
         ids, smiles = _sample(published, items, rng)
     else:
         ids, smiles, patterns = _sample_scaffolds(published, items, rng, workers, progress)
-    fingerprints, properties = _describe(smiles, workers, progress)
+    path = Path(path)
+    described = path.with_name(path.name + ".described")
+    fingerprints, properties = _describe(smiles, described, workers, progress)
     if pattern == "cells":
         cells = cells or items // CELL_ITEMS
         patterns = _cells(fingerprints, cells, seed)
@@ -117,7 +122,8 @@ def build(
         texts=smiles,
         splits=splits.tolist(),
     )
-    return Path(path)
+    shutil.rmtree(described, ignore_errors=True)
+    return path
 
 
 def read_smiles() -> dict[str, list[str]]:
@@ -210,11 +216,10 @@ def _sample_scaffolds(
 
 
 def _describe(
-    smiles: Sequence[str], workers: int | None, progress: Progress | None
+    smiles: Sequence[str], folder: Path, workers: int | None, progress: Progress | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`describe` over processes; raises InputError for a string that is no molecule."""
-    parts = map_chunks(describe, smiles, workers=workers, progress=progress)
-    fingerprints, properties = map(np.concatenate, zip(*parts, strict=True))
+    """`describe_all`; raises InputError for a string that is no molecule."""
+    fingerprints, properties = describe_all(smiles, folder, workers=workers, progress=progress)
     bad = np.isnan(properties).any(axis=1)
     if bad.any():
         raise InputError("SMILES", f"{smiles[bad.argmax()]!r} is no molecule", INSTALL)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import importlib.metadata
+import os
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from genret.catalogue import format, moses
+from genret.catalogue import format, molecules, moses
 from genret.catalogue.molecules import describe, fit_projection, map_chunks, project, scaffolds
 from genret.catalogue.splits import make_splits
 from genret.types import InputError
@@ -26,14 +28,25 @@ def published():
 
 
 @pytest.fixture(scope="module")
-def cells(tmp_path_factory):
-    return moses.build(tmp_path_factory.mktemp("moses") / "cells.parquet", items=2000, workers=2)
+def build(published, tmp_path_factory):
+    """`moses.build` of a named file, the published SMILES read once."""
+
+    def build(name, **options):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(moses, "read_smiles", lambda: published)
+            return moses.build(tmp_path_factory.mktemp("moses") / f"{name}.parquet", workers=2, **options)
+
+    return build
 
 
 @pytest.fixture(scope="module")
-def scaffold(tmp_path_factory):
-    path = tmp_path_factory.mktemp("moses") / "scaffold.parquet"
-    return moses.build(path, items=1500, pattern="scaffold", workers=2)
+def cells(build):
+    return build("cells", items=2000)
+
+
+@pytest.fixture(scope="module")
+def scaffold(build):
+    return build("scaffold", items=1500, pattern="scaffold")
 
 
 def columns(path: Path) -> dict[str, np.ndarray]:
@@ -71,12 +84,12 @@ def test_fingerprints():
     assert (bits[0] != bits[2]).any()
 
 
-def test_no_molecule():
+def test_no_molecule(tmp_path):
     packed, properties = describe(["not a molecule", "", ASPIRIN])
     assert np.isnan(properties[:2]).all() and np.isfinite(properties[2]).all()
     assert not packed[:2].any()
     with pytest.raises(InputError, match="'xx' is no molecule"):
-        moses._describe([ASPIRIN, "xx"], 1, None)
+        moses._describe([ASPIRIN, "xx"], tmp_path, 1, None)
 
 
 def test_scaffolds_by_hand():
@@ -95,9 +108,42 @@ def test_labels_at_the_thresholds():
 def test_map_chunks_keeps_the_order(workers):
     seen = []
     smiles = ["C" * (i + 1) for i in range(25)] + ["c1ccccc1"]
-    parts = map_chunks(scaffolds, smiles, workers=workers, chunk=10, progress=lambda *a: seen.append(a))
+    parts = [*map_chunks(scaffolds, smiles, workers=workers, chunk=10, progress=lambda *a: seen.append(a))]
     assert [len(part) for part in parts] == [10, 10, 6] and parts[-1][-1] == "c1ccccc1"
     assert seen == [(10, 26), (20, 26), (26, 26)]
+
+
+def test_a_description_that_was_killed_goes_on(published, tmp_path, monkeypatch):
+    """Whole parts are read back; one cut short, or of other molecules, is described again."""
+    monkeypatch.setattr(molecules, "CHUNK", 20)
+    monkeypatch.setattr(molecules, "PART", 40)
+    smiles, asked, seen = published["test"][:100], [], []
+    real = molecules.describe
+    monkeypatch.setattr(molecules, "describe", lambda part: asked.append(len(part)) or real(part))
+    describe_all = functools.partial(molecules.describe_all, folder=tmp_path / "kept", workers=1)
+    expected = real(smiles)
+
+    def killed(done, total):
+        if done == 60:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        describe_all(smiles, progress=killed)
+    kept = lambda: sorted((tmp_path / "kept").iterdir())  # noqa: E731
+    assert len(kept()) == 1
+    for again in (60, 20, 60):
+        asked.clear()
+        got = describe_all(smiles, progress=lambda *done: seen.append(done))
+        assert sum(asked) == again == seen[-1][0] == seen[-1][1]
+        for a, b in zip(got, expected, strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert len(kept()) == 2 and {file.suffix for file in kept()} == {".npz"}
+        if again == 20:
+            os.truncate(kept()[0], 500)
+    asked.clear()
+    describe_all(smiles[:40])
+    describe_all(smiles[1:41])
+    assert sum(asked) == 40  # other molecules are another part
 
 
 # ---- the SVD
@@ -210,11 +256,13 @@ def test_published_scaffolds_are_disjoint(published):
 def test_determinism(tmp_path, published, monkeypatch):
     """By seed, whatever the number of processes."""
     monkeypatch.setattr(moses, "read_smiles", lambda: published)
+    monkeypatch.setattr(molecules, "PART", 500)
     one, two = (
         columns(moses.build(tmp_path / f"{n}.parquet", items=1000, seed=3, workers=n)) for n in (1, 2)
     )
     for name, values in one.items():
         np.testing.assert_array_equal(values, two[name], err_msg=name)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["1.parquet", "2.parquet"]
     other, _ = moses._sample(published, 1000, np.random.default_rng(4))
     assert set(other) != set(one["id"])
 
