@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from genret.catalogue import format, words
+from tests import quick
 from tests.language.conftest import write_gguf
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,7 +31,7 @@ def begin(command, count=2, devices=1):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     environment = os.environ | ENVIRONMENT
-    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} {quick.flags()}"
     flags = ["--multihost", f"--coordinator=localhost:{port}", f"--num_processes={count}"]
     return [
         subprocess.Popen(

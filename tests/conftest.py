@@ -13,20 +13,24 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that tests can import experiments from a checkout
+from tests import quick  # noqa: E402
 
 # Simulated devices share two cores: with several programs in flight their collectives can starve.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
-jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax_tests"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def pytest_configure():
+    quick.begin()
 
 
 @pytest.fixture
 def optimized():
     """Numerical goldens are compiled as users compile."""
-    jax.config.update("jax_disable_most_optimizations", False)
+    quick.end()
     yield
-    jax.config.update("jax_disable_most_optimizations", True)
+    quick.begin()
 
 
 @pytest.fixture(scope="session")

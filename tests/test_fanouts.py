@@ -20,6 +20,7 @@ from genret.catalogue.fanout import FanoutData
 from genret.r4t.rewards import COMPONENTS, Rewards
 from genret.retrieval.index import ExactIndex
 from genret.types import InputError
+from tests import quick
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -259,7 +260,8 @@ def test_a_whole_run_and_a_second_one_that_does_nothing(tmp_path):
     folder = tmp_path / "run"
     asked = ["--config=experiments/configs/r4t.py:size=test", f"--workdir={folder}"]
     asked += [f"--config.fanout.folder={tmp_path / 'data'}", "--config.evaluation.index=exact"]
-    alone = os.environ | {"XLA_FLAGS": ""}  # one device, as on a laptop
+    # One device, as on a laptop.
+    alone = os.environ | {"XLA_FLAGS": quick.flags(), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
     def both():
         for name in ("run", "evaluate"):

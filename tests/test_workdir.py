@@ -1,5 +1,6 @@
 """One run at a time in a workdir, files that are whole or not there, and errors of the disk in one line."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -54,25 +55,28 @@ def test_a_file_system_without_locks_lets_everybody_in(tmp_path, monkeypatch):
         pass
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def files_of_4_kib():
-    """No file grows past 4 KiB: what a quota does. The kernel's signal is ignored, as Python does."""
+    """No file grows past 4 KiB, pytest's own log neither: what a quota does. The kernel's signal is ignored, as
+    Python does."""
     old, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, old[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, old)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_what_does_not_fit_leaves_the_old_file_and_says_so(tmp_path, files_of_4_kib):
+def test_what_does_not_fit_leaves_the_old_file_and_says_so(tmp_path):
     write_text(tmp_path / "a.json", json.dumps("old"))
     append_rows(tmp_path / "rows.jsonl", [{"row": 1}])
     for write in (
         lambda: write_text(tmp_path / "a.json", "x" * 5000),
         lambda: append_rows(tmp_path / "rows.jsonl", [{"row": "x" * 5000}]),
     ):
-        with pytest.raises(OSError) as caught:
+        with pytest.raises(OSError) as caught, files_of_4_kib():
             write()
         assert one_line(caught.value).endswith("make room, and start again: what is finished is kept")
     assert json.loads((tmp_path / "a.json").read_text()) == "old"

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from genret.types import Array, Condition, InputError
 
 SIZES = {  # width, depth, heads
-    "test": (32, 2, 2),
+    "test": (32, 1, 2),
     "demo": (128, 3, 4),
     "S": (384, 12, 6),
     "B": (768, 12, 12),

@@ -29,7 +29,8 @@ def contexts(test_contexts):
 @pytest.fixture(scope="module")
 def untrained(molecules, fitted):
     """The seed mean, by a network that is zero."""
-    retriever = Retriever(make_dit("test", embedding=molecules.width, domains=4, max_context=10))
+    network = make_dit("test", embedding=molecules.width, domains=4, max_context=10).clone(depth=2)
+    retriever = Retriever(network)
     space = edm.Space(jnp.full(molecules.width, 0.06), jnp.zeros((5, molecules.width)))
     params = retriever.init(jax.random.key(0))
     return qs.MoDiT(retriever, params, space, molecules.embeddings, fitted.predicted, block=16)

@@ -335,7 +335,7 @@ def mixture(sets_of):
 
 
 def trained(folder, sets, queries, *, steps, regression=False, **model):
-    model = dataclasses.replace(stages.set_dit("test", embedding=D, rows=3, **model), width=64)
+    model = stages.set_dit("test", embedding=D, rows=3, **model).clone(width=64, depth=2)
     retriever = Retriever(model, noise="log_normal")
     space = stages.fit_space(sets, queries)
     stage = stages.make_stage("set", retriever, space, sets, queries, batch=128, regression=regression)
@@ -344,7 +344,6 @@ def trained(folder, sets, queries, *, steps, regression=False, **model):
     return SetRetriever(retriever, params, space, rows=3)
 
 
-@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("block", ["adaln", "paper"])
 def test_training_draws_whole_answers_of_a_known_mixture(mixture, tmp_path, block):
     model = trained(tmp_path, *mixture, steps=600, block=block)
@@ -357,7 +356,6 @@ def test_training_draws_whole_answers_of_a_known_mixture(mixture, tmp_path, bloc
     assert 0.3 < cosine.argmax(1).mean() < 0.7  # both answers are given
 
 
-@pytest.mark.usefixtures("optimized")
 def test_the_matched_regressor_finds_one_answer_and_averages_two(mixture, sets_of, tmp_path):
     """Given in random order, the rows of one answer are each found by a place of their own. At fixed places
     the optimum would be their mean; where two answers are right, even matched places fall between them."""

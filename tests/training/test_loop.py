@@ -1,6 +1,7 @@
 """The trainer's promises: mesh, microbatch and padding change nothing; resuming is bitwise."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -20,7 +21,6 @@ from genret.training.mesh import make_mesh, shardings, with_rows
 from genret.training.stage import Stage
 from genret.types import Batch, Condition, InputError, Terms
 
-pytestmark = pytest.mark.usefixtures("optimized")
 D, M, S, B = 16, 2, 3, 16
 # Adam divides by the gradient's own size, so rounding reaches parameters in proportion to the rate.
 OPTIONS = dict(learning_rate=1e-3, warmup=2, log_every=2, save_every=3)
@@ -73,23 +73,20 @@ def reference(stage, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def six_steps(stage, start, tmp_path_factory):
-    """(mesh, microbatches) -> (state after six steps from `start`, the mean of their gradients).
+    """(shape of the mesh, microbatches) -> (state after six steps from `start`, the mean of their gradients).
 
     Targets are sets of two: XLA once got the gradients of those wrong, and of one right, on 2x2x2.
     """
     sets = dataclasses.replace(stage, batch=lambda step, _: make_batch(step, targets=2))
 
-    def run(mesh, parts=1):
+    @functools.cache
+    def run(shape=None, parts=1):
         options = FitOptions(steps=6, microbatches=parts, **OPTIONS)
+        mesh = make_mesh(*shape) if shape else one_device()
         state = fit(sets, tmp_path_factory.mktemp("six"), options, mesh=mesh, init_from=start)
         return state, optax.tree.get(state.opt_state, "mu")
 
     return run
-
-
-@pytest.fixture(scope="module")
-def on_one_device(six_steps):
-    return six_steps(one_device())
 
 
 def agree(one, two):
@@ -100,17 +97,19 @@ def agree(one, two):
     assert difference(*(jax.tree.map(np.multiply, large, s.params) for s, _ in (one, two))) < 1e-5
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("shape", [(2, 2, 2), (8, 1, 1), (1, 4, 2)])
-def test_the_mesh_changes_nothing(six_steps, on_one_device, shape):
-    state, _ = found = six_steps(make_mesh(*shape))
-    agree(on_one_device, found)
+def test_the_mesh_changes_nothing(six_steps, shape):
+    state, _ = found = six_steps(shape)
+    agree(six_steps(), found)
     if shape[1] * shape[2] > 1:
         assert not state.params["block_0"]["mlp_in"]["kernel"].sharding.is_fully_replicated
 
 
-@pytest.mark.parametrize("mesh", ["one", "2x2x2"])
-def test_microbatches_change_nothing(six_steps, on_one_device, mesh):
-    agree(on_one_device, six_steps(one_device() if mesh == "one" else make_mesh(2, 2, 2), parts=4))
+@pytest.mark.usefixtures("optimized")
+@pytest.mark.parametrize("shape", [None, (2, 2, 2)])
+def test_microbatches_change_nothing(six_steps, shape):
+    agree(six_steps(), six_steps(shape, parts=4))
 
 
 def test_gradient_is_that_of_the_weighted_mean(stage):
