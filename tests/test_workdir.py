@@ -57,7 +57,7 @@ def test_a_file_system_without_locks_lets_everybody_in(tmp_path, monkeypatch):
 
 @contextlib.contextmanager
 def files_of_4_kib():
-    """No file grows past 4 KiB, pytest's own log neither: what a quota does. The kernel's signal is ignored, as
+    """No file grows past 4 KiB, not even the log of pytest: a quota. The kernel's signal is ignored, as
     Python does."""
     old, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
