@@ -44,7 +44,10 @@ def molecules(tmp_path_factory):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests whose data, device or peers are not here are left out by name, and counted at the end."""
+    """Tests whose data, device or peers are not here are left out by name, and counted at the end.
+
+    Long ones go first: at the end the other worker would wait for them.
+    """
     installed = {found.name for found in importlib.metadata.distributions()}
     absent = {
         "shared": not (ROOT.parent / "shared" / "data").is_dir(),
@@ -58,6 +61,7 @@ def pytest_collection_modifyitems(config, items):
     }
     left_out = [i for i in items if any(i.get_closest_marker(m) for m, gone in absent.items() if gone)]
     items[:] = [i for i in items if i not in left_out]
+    items.sort(key=lambda i: i.get_closest_marker("long") is None)
     config.left_out = [i.nodeid for i in left_out]
 
 

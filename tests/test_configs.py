@@ -64,6 +64,7 @@ def leaves(config, prefix=""):
             yield (id(config), key), prefix + key
 
 
+@pytest.mark.long
 def test_every_leaf_is_read_by_a_whole_run(tmp_path, monkeypatch):
     config = modit.get_config("size=test,ablations=kinds+curves")
     config.catalogue.folder = str(tmp_path / "data")

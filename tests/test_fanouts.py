@@ -256,6 +256,7 @@ def test_every_leaf_is_read():
 
 
 @pytest.mark.smollm2
+@pytest.mark.long
 def test_a_whole_run_and_a_second_one_that_does_nothing(tmp_path):
     folder = tmp_path / "run"
     asked = ["--config=experiments/configs/r4t.py:size=test", f"--workdir={folder}"]

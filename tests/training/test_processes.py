@@ -164,6 +164,7 @@ def test_sigterm_to_one_stops_all_at_one_step_a_lost_one_ends_all_and_fewer_go_o
     assert sums[0] == pytest.approx(sums[1], abs=1e-4)
 
 
+@pytest.mark.long
 def test_two_processes_train_and_evaluate_what_one_does(tmp_path):
     """On the same mesh of two devices, parameters sharded over it; what one process pretrained is read."""
     write_catalogue(catalogue := tmp_path / "small.parquet")
