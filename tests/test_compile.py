@@ -39,7 +39,7 @@ def test_stages_of_a_config_are_compiled_and_their_sizes_said(tmp_path, capsys, 
 
 
 def test_hppo_moves_parameters_between_devices_and_no_activations(tmp_path):
-    """A gather for each leaf of the model and of the reference, and a few sums: 37 (once 470)."""
+    """A gather for each leaf of model and reference, and a few sums: 37 (of two blocks 42, and once 470)."""
     config = modit.get_config("size=test")
     config.mesh = dict(data=2, fsdp=4, tensor=1)
     command.main(config, "cpu:8", "^hppo$", str(tmp_path / "table.json"))
