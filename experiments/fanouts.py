@@ -99,7 +99,7 @@ def _language(run: FanoutRun) -> Iterator[FanoutMethod]:
             asked = [run.data.queries[row] for row in rows]
             batch = run.config.language.batch
             texts = sample_fanouts(policy(), variables(), asked, jax.random.key(seed), batch=batch)
-            return Fanout(run.rewards().embed(texts), texts)
+            return Fanout(run.rewards().embed(rows, texts), texts)
 
         return answer
 
@@ -110,7 +110,7 @@ def _language(run: FanoutRun) -> Iterator[FanoutMethod]:
         scores = reward(rows, groups)
         chosen = np.where(scores.valid, scores.reward, -np.inf).argmax(1)
         answers = [group[i] for group, i in zip(groups, chosen, strict=True)]  # None where all are malformed
-        return Fanout(reward.embed(answers), answers)
+        return Fanout(reward.embed(rows, answers), answers)
 
     def make(name: str, policy: Callable, variables: Callable) -> FanoutMethod:
         return FanoutMethod(name, written(policy, variables), draws=True, calls="tokens")

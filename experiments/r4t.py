@@ -109,7 +109,7 @@ class FanoutRun:
         weights = {n: r[n] if not components or n in components else 0.0 for n in names}
         return Rewards(
             self.data, self.index, self.texts, weights=weights, k=self.config.k, depth=r.depth,
-            normalise=r.normalise,
+            normalise=r.normalise, context=self.config.context,
         )  # fmt: skip
 
     @functools.cached_property
@@ -270,8 +270,9 @@ class FanoutRun:
 
         regime = "oar" if self.data.references is None else "wscr"
         made = SynthesisOptions(
-            regime, s.fanouts, self.config.k, distinct=s.distinct, shard=s.shard, seed=self.seed
-        )
+            regime, s.fanouts, self.config.k, distinct=s.distinct, context=self.config.context,
+            shard=s.shard, seed=self.seed,
+        )  # fmt: skip
         about = {"policy": "folm", "steps": self.config.rl.fit.steps, "temperature": self.policy.temperature}
         return synthesize(
             self.folder / "synthesis", self.data, rows, drawn, made, encode=self.texts, index=self.index,

@@ -82,6 +82,8 @@ def get_config(argument: str = "") -> ConfigDict:
         seed=0,  # of themes and split
     )
     c.k = 10  # sub-queries of a fan-out
+    # The query's weight in its sub-queries' embeddings, ours: a small model's parts of a set mean little alone.
+    c.context = 0.0 if arg.data == "words" else 1.0
     c.language = dict(
         model="smollm2",  # or a GGUF file, or a checkpoint folder
         lora_rank=16,  # 0 tunes all weights

@@ -12,6 +12,8 @@ The paper leaves the scale of (2) and (3) open. Here k is the number of sub-quer
 embeddings are of unit norm, so that the 1/2 and the (k - 1), both ours, put every component in 0..1
 (alignment in -1..1). A fan-out of fewer than k has nothing to add for those missing; a malformed one has
 none at all and scores zero.
+
+e(q_i) is the embedding of the sub-query, or, ours, of the sub-query in the context of q (`in_context`).
 """
 
 from __future__ import annotations
@@ -35,6 +37,18 @@ COMPONENTS = (*OAR, *WSCR)
 
 Encode = Callable[[list[str]], np.ndarray]
 Answer = list[str] | None  # sub-queries, or None for a malformed answer
+
+
+def in_context(vectors: np.ndarray, queries: np.ndarray, weight: float) -> np.ndarray:
+    """Sub-queries f32[n, D] of the queries f32[n, D], both unit-norm -> (v + w q) / ‖v + w q‖, f32[n, D].
+
+    A large language model writes sub-queries that make sense alone ("white linen shirt for a beach wedding"), a
+    small one writes parts of them ("linen shirt"): the query says what of. Ours; weight 0 is the paper's e(q_i).
+    """
+    if not weight:
+        return vectors
+    mixed = vectors + weight * queries
+    return mixed / np.maximum(np.linalg.norm(mixed, axis=-1, keepdims=True), 1e-6)
 
 
 class FanoutArrays(Protocol):
@@ -90,17 +104,18 @@ class Rewards:
     data: the arrays of the data set. index: over its contents. encode: texts to unit-norm rows in the
     contents' space, cached (by a `CachedEncoder` given, or one made here). weights: component -> w_j; one of
     0 has the component logged and not rewarded. k: sub-queries asked for. depth: n of eq. 5, contents
-    returned per sub-query.
+    returned per sub-query. context: the query's weight in its sub-queries' embeddings (`in_context`).
     normalise: 'scale' weighs the components as above; 'group' first turns each into a z-score within the
     group, (x - mean) / (std + 1e-6) with G - 1 in the std and malformed answers in it at zero.
 
     Raises InputError for rows not of unit norm, an unknown component or normalisation, recall without
-    reference sets, an empty one, an index of another size, or a k or depth out of range.
+    reference sets, an empty one, an index of another size, or a k, depth or context out of range.
     """
 
     def __init__(
         self, data: FanoutArrays, index: Index, encode: Encode, *,
         weights: Mapping[str, float] = OAR, k: int = K, depth: int = 10, normalise: str = "scale",
+        context: float = 0.0,
     ):  # fmt: skip
         for name in ("embeddings", "query_embeddings"):
             norms = np.linalg.norm(getattr(data, name), axis=1)
@@ -111,6 +126,8 @@ class Rewards:
             raise InputError("weights", f"unknown {unknown[0]!r}", f"use of {', '.join(COMPONENTS)}")
         if normalise not in ("scale", "group"):
             raise InputError("normalise", f"unknown {normalise!r}", "use scale or group")
+        if not 0 <= context < np.inf:
+            raise InputError("context", f"{context}", "use 0, or a weight above it")
         if k < 1 + ("diversity" in weights):
             raise InputError("k", f"{k} sub-queries", "ask for 2 or more")
         if index.num_items != len(data.embeddings):
@@ -126,24 +143,28 @@ class Rewards:
         self.data, self.index = data, index
         self.encode = encode if isinstance(encode, CachedEncoder) else CachedEncoder(encode)
         self.weights, self.k, self.depth, self.normalise = dict(weights), k, depth, normalise
+        self.context = context
 
     def __call__(self, rows: np.ndarray, answers: Sequence[Sequence[Answer]]) -> Scores:
         """rows i32[Q], answers [Q][G] -> Scores of shape [Q, G]."""
         flat = [answer for group in answers for answer in group]
         shape = len(answers), len(answers[0])
-        components = self.components(np.repeat(rows, shape[1]), self.embed(flat))
+        repeated = np.repeat(rows, shape[1])
+        components = self.components(repeated, self.embed(repeated, flat))
         components = {name: values.reshape(shape) for name, values in components.items()}
         valid = np.array([answer is not None for answer in flat]).reshape(shape)
         composite = self.combine(components, "scale")
         return Scores(self.combine(components, self.normalise), valid, composite, components)
 
-    def embed(self, answers: Sequence[Answer]) -> np.ndarray:
-        """n answers -> f32[n, k, D]; a missing sub-query is a row of zeros."""
+    def embed(self, rows: np.ndarray, answers: Sequence[Answer]) -> np.ndarray:
+        """n answers to the queries i32[n] -> f32[n, k, D]; a missing sub-query is a row of zeros."""
         vectors = np.zeros((len(answers), self.k, self.data.embeddings.shape[1]), np.float32)
         texts = [answer[: self.k] if answer else [] for answer in answers]
         if any(texts):
             real = np.arange(self.k) < np.array([len(row) for row in texts])[:, None]
-            vectors[real] = self.encode([text for row in texts for text in row])
+            queries = self.data.query_embeddings[np.repeat(rows, real.sum(1))]
+            found = self.encode([text for row in texts for text in row])
+            vectors[real] = in_context(found, queries, self.context)
         return vectors
 
     def representatives(self, vectors: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ R4T (arXiv 2603.06397), stage 2: the tuned policy is frozen, 128 fan-outs per tr
 temperature .9, and a row of a set is the embedding
 
     oar    of the content retrieved by a sub-query        (open-ended retrieval)
-    wscr   of the sub-query itself                        (weakly supervised compositional retrieval)
+    wscr   of the sub-query itself, in its context        (weakly supervised compositional retrieval)
 
 A folder holds `card.json` and one folder per shard of queries, each with the arrays, n its kept fan-outs:
 
@@ -36,7 +36,7 @@ import numpy as np
 from genret.catalogue.fanout import FanoutData
 from genret.r4t.items import distinct_items
 from genret.r4t.prompts import K
-from genret.r4t.rewards import Answer, Encode
+from genret.r4t.rewards import Answer, Encode, in_context
 from genret.retrieval.index import Index
 from genret.training import processes
 from genret.training.log import Progress
@@ -54,12 +54,14 @@ class SynthesisOptions:
     """fanouts: N, drawn per query. rows: K of the arrays; longer fan-outs are cut, shorter ones padded.
     distinct: a repeated row becomes the next nearest content of its sub-query (oar) or padding (wscr), and a
     fan-out that repeats an earlier one of its query, in any order, is dropped; the paper keeps both.
-    dtype: on disk; float16 is good to 5e-4. shard: queries per shard and per call of the policy."""
+    context: the query's weight in its sub-queries' embeddings (`rewards.in_context`). dtype: on disk; float16
+    is good to 5e-4. shard: queries per shard and per call of the policy."""
 
     regime: Literal["oar", "wscr"]
     fanouts: int = 128
     rows: int = K
     distinct: bool = False
+    context: float = 0.0
     dtype: Literal["float16", "float32"] = "float16"
     shard: int = 64
     seed: int = 0
@@ -159,7 +161,7 @@ def synthesize(
             key = jax.random.fold_in(jax.random.key(options.seed), s)
             answers = _draw(policy, [data.queries[r] for r in some], key, options.fanouts)
             rewards = None if reward is None else np.asarray(reward(some, answers), np.float32)
-            arrays, counts = _shard(some, answers, rewards, data.embeddings, encode, index, options)
+            arrays, counts = _shard(some, answers, rewards, data, encode, index, options)
             processes.once(f"shard {s}", functools.partial(_write, folder, s, arrays, counts))
             progress(s + 1, ", ".join(f"{n} {name}" for name, n in counts.items()))
     return load_sets(folder, card)
@@ -245,21 +247,23 @@ def _draw(policy: Policy, queries: list[str], key: Array, fanouts: int) -> list[
 
 
 def _shard(
-    rows: np.ndarray, answers: list[list[Answer]], rewards: np.ndarray | None, contents: np.ndarray,
+    rows: np.ndarray, answers: list[list[Answer]], rewards: np.ndarray | None, data: FanoutData,
     encode: Encode, index: Index, options: SynthesisOptions,
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:  # fmt: skip
     """The arrays of one shard, and its counts."""
     flat = [(q, n, a[: options.rows]) for q, group in enumerate(answers) for n, a in enumerate(group) if a]
-    texts = list(dict.fromkeys(text for *_, answer in flat for text in answer))
-    number = {text: i for i, text in enumerate(texts)}
+    contents = data.embeddings
+    asked = list(dict.fromkeys((q, text) for q, _, answer in flat for text in answer))
+    number = {of: i for i, of in enumerate(asked)}
     shape = (len(flat), options.rows)
-    text = np.full(shape, -1, np.int32)  # [n, K], row of `texts`
-    for i, (*_, answer) in enumerate(flat):
-        text[i, : len(answer)] = [number[t] for t in answer]
+    text = np.full(shape, -1, np.int32)  # [n, K], row of `asked`
+    for i, (q, _, answer) in enumerate(flat):
+        text[i, : len(answer)] = [number[q, t] for t in answer]
     vectors = np.zeros((0, contents.shape[1]), np.float32)
     items, identity = np.full(shape, -1, np.int32), text
-    if texts:
-        vectors = np.asarray(encode(texts), np.float32)
+    if asked:
+        vectors = np.asarray(encode([text for _, text in asked]), np.float32)
+        vectors = in_context(vectors, data.query_embeddings[rows[[q for q, _ in asked]]], options.context)
         if options.regime == "oar":
             depth = options.rows if options.distinct else 1
             found = index.search(vectors, depth)[0][text]  # [n, K, depth]
@@ -286,8 +290,8 @@ def _shard(
         "reward": np.array([np.nan if rewards is None else rewards[w] for w in where], np.float32),
         "items": items[kept],
     }
-    asked = len(rows) * options.fanouts
-    return arrays, {"asked": asked, "malformed": asked - len(flat), "repeated": len(flat) - len(kept)}
+    drawn = len(rows) * options.fanouts
+    return arrays, {"asked": drawn, "malformed": drawn - len(flat), "repeated": len(flat) - len(kept)}
 
 
 def _without_repeats(rows: np.ndarray) -> np.ndarray:

@@ -112,13 +112,28 @@ def test_order_within_an_answer_and_within_a_group_does_not_matter():
 def test_vectors_are_scored_as_the_words_they_came_from():
     rewards = world()
     answers = [["x", "middle"], ["near x"], None]
-    vectors = rewards.embed(answers)
+    vectors = rewards.embed(np.zeros(3, int), answers)
     assert vectors.shape == (3, 2, 3) and not vectors[1, 1].any() and not vectors[2].any()
     assert rewards.representatives(vectors).tolist() == [[0, 3], [0, -1], [-1, -1]]
     found = rewards.components(np.zeros(3, int), vectors)
     for name, values in rewards(np.array([0]), [answers]).components.items():
         np.testing.assert_array_equal(found[name], values[0])
-    assert rewards.embed([["x", "y", "z"]]).shape == (1, 2, 3)  # more than asked for: the first k
+    # More than asked for: the first k.
+    assert rewards.embed(np.array([0]), [["x", "y", "z"]]).shape == (1, 2, 3)
+
+
+def test_a_sub_query_in_the_context_of_its_query_by_hand():
+    # In the context of x at weight 1, y is (x + y) / √2, the middle, which the pool holds; at weight 3/4 and of
+    # query y, x is (4, 3, 0) / 5. What is missing stays missing.
+    found = world(context=1.0)(np.array([0]), [[["y", "x"], None]])
+    assert found.components["groundedness"][0].tolist() == pytest.approx([1, 0])
+    np.testing.assert_allclose(found.components["alignment"][0], [(S + 1) / 2, 0], atol=1e-6)
+    rewards = world(context=0.75)
+    vectors = rewards.embed(np.array([1, 0]), [["x"], ["not x", "z"]])
+    expected = [[[0.8, 0.6, 0], [0, 0, 0]], [[-1, 0, 0], [0.6, 0, 0.8]]]
+    np.testing.assert_allclose(vectors, expected, atol=1e-6)
+    # Opposite to its query, weight 1: no direction is left, and nothing is divided by nothing.
+    assert not world(context=1.0).embed(np.array([0]), [["not x"]]).any()
 
 
 def test_the_composite_is_on_the_fixed_scale_whatever_is_trained_on():
@@ -166,6 +181,8 @@ def test_bad_input_is_refused():
         ("normalise", good, {"normalise": "batch"}),
         ("k", good, {"k": 1}),
         ("depth", good | {"references": [np.array([1])]}, {"weights": WSCR, "depth": 5}),
+        ("context", good, {"context": -0.5}),
+        ("context", good, {"context": np.nan}),
         ("index", good | {"embeddings": CONTENTS[:3]}, {}),
     ):
         with pytest.raises(InputError, match=f"^{field}"):

@@ -33,7 +33,8 @@ def encode(texts):
 
 def world(queries=5, contents=12):
     names = [f"item {i}" for i in range(contents)]
-    return SimpleNamespace(queries=[f"theme {q}" for q in range(queries)], embeddings=encode(names))
+    themes = [f"theme {q}" for q in range(queries)]
+    return SimpleNamespace(queries=themes, query_embeddings=encode(themes), embeddings=encode(names))
 
 
 def policy(queries, key):
@@ -66,18 +67,20 @@ def expected(data, rows, fanouts, shard, seed=0):
             yield from ((row, turn[q]) for turn in turns if turn[q])
 
 
+@pytest.mark.parametrize("context", [0.0, 0.5])
 @pytest.mark.parametrize("regime", ["oar", "wscr"])
-def test_every_row_is_what_its_sub_query_found_or_the_sub_query_itself(tmp_path, regime):
+def test_every_row_is_what_its_sub_query_found_or_the_sub_query_itself(tmp_path, regime, context):
     data, rows = world(), (4, 0, 2, 1, 3)
-    sets = make(tmp_path, data, rows, regime=regime)
+    sets = make(tmp_path, data, rows, regime=regime, context=context)
     wanted = list(expected(data, rows, 6, 2))
     assert sets.query.tolist() == [row for row, _ in wanted]
     stored = sets.take(np.arange(len(sets)))
     assert stored.shape == (len(wanted), 4, D) and stored.dtype == np.float32
-    for i, (_, answer) in enumerate(wanted):
+    for i, (query, answer) in enumerate(wanted):
         assert sets.present[i].tolist() == [True] * len(answer) + [False] * (4 - len(answer))
         assert not stored[i, len(answer) :].any()
-        text = encode(answer)
+        text = encode(answer) + context * data.query_embeddings[query]
+        text /= np.linalg.norm(text, axis=1, keepdims=True)
         found = (text @ data.embeddings.T).argmax(1)
         target = data.embeddings[found] if regime == "oar" else text
         np.testing.assert_allclose(stored[i, : len(answer)], target, atol=1e-6)
