@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from experiments.fanouts import PARTS, few_calls
 from experiments.workdir import same_run, write_text
-from genret.catalogue import facets, playlists, polyvore, words
+from genret.catalogue import facets, own, playlists, polyvore, words
 from genret.catalogue.fanout import FanoutData, FanoutTexts, embed
 from genret.diffusion import edm
 from genret.diffusion.retriever import Retriever
@@ -65,14 +65,17 @@ def open_fanout(config: ConfigDict, encoder: TextEncoder) -> FanoutData:
 def fanout_texts(config: ConfigDict) -> FanoutTexts:
     """The same before it is embedded."""
     f = config.fanout
-    if f.data != "words" and not (f.raw and Path(f.raw).exists()):
-        raise InputError("raw", f"{f.raw or 'nothing'} given for {f.data}", "pass raw=PATH")
+    if f.data == "words":
+        return words.themed(size=f.contents, count=f.queries, seed=f.seed)
     read: dict[str, Callable] = {
-        "words": lambda: words.themed(size=f.contents, count=f.queries, seed=f.seed),
         "playlists": lambda: playlists.read(f.raw, seed=f.seed),
         "fashion": lambda: facets.read(f.raw, seed=f.seed),
         "polyvore": lambda: polyvore.read(f.raw),
     }
+    if f.data not in read:
+        return own.read(f.data, seed=f.seed)
+    if not (f.raw and Path(f.raw).exists()):
+        raise InputError("raw", f"{f.raw or 'nothing'} given for {f.data}", "pass raw=PATH")
     return read[f.data]()
 
 
@@ -109,8 +112,13 @@ class FanoutRun:
         weights = {n: r[n] if not components or n in components else 0.0 for n in names}
         return Rewards(
             self.data, self.index, self.texts, weights=weights, k=self.config.k, depth=r.depth,
-            normalise=r.normalise, context=self.config.context,
+            normalise=r.normalise, context=self.context,
         )  # fmt: skip
+
+    @property
+    def context(self) -> float:
+        """The query's weight in its sub-queries' embeddings; open-ended contents are found by themselves."""
+        return 0.0 if self.data.references is None else self.config.reward.context
 
     @functools.cached_property
     def texts(self) -> CachedEncoder:
@@ -270,7 +278,7 @@ class FanoutRun:
 
         regime = "oar" if self.data.references is None else "wscr"
         made = SynthesisOptions(
-            regime, s.fanouts, self.config.k, distinct=s.distinct, context=self.config.context,
+            regime, s.fanouts, self.config.k, distinct=s.distinct, context=self.context,
             shard=s.shard, seed=self.seed,
         )  # fmt: skip
         about = {"policy": "folm", "steps": self.config.rl.fit.steps, "temperature": self.policy.temperature}

@@ -16,7 +16,7 @@ import pytest
 from experiments import fanout_report, fanout_rows, fanouts, r4t
 from experiments.configs import r4t as configs
 from experiments.workdir import read_rows, same_run
-from genret.catalogue.fanout import FanoutData
+from genret.catalogue.fanout import SPLITS, FanoutData
 from genret.r4t.rewards import COMPONENTS, Rewards
 from genret.retrieval.index import ExactIndex
 from genret.types import InputError
@@ -213,6 +213,24 @@ def test_wrong_arguments_are_named(tmp_path):
     config = configs.get_config("size=test,data=playlists")
     with pytest.raises(InputError, match="^raw: nothing given for playlists"):
         r4t.open_fanout(config, None)
+
+
+def test_a_folder_of_ones_own_is_a_data_set(tmp_path):
+    """With references the answers are searched in the context of their query, without them by themselves."""
+    (folder := tmp_path / "shop").mkdir()
+    (folder / "contents.txt").write_text("umbrella\nboots\ntea\n")
+    for references, context in (({"references": ["boots", "tea"]}, 1.0), ({}, 0.0)):
+        lines = [json.dumps({"query": f"q{i}", "split": s} | references) for i, s in enumerate(SPLITS)]
+        (folder / "queries.jsonl").write_text("\n".join(lines))
+        config = configs.get_config(f"size=test,data={folder}")
+        texts = r4t.fanout_texts(config)
+        assert (texts.name, texts.contents, texts.queries) == (
+            "shop",
+            ["umbrella", "boots", "tea"],
+            ["q0", "q1", "q2"],
+        )
+        data = SimpleNamespace(references=texts.references)
+        assert r4t.FanoutRun(config, data, None, tmp_path, 0).context == context
 
 
 def test_what_no_run_can_do_is_said_before_anything_is_opened(tmp_path, monkeypatch):

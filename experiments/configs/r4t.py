@@ -3,15 +3,19 @@
     --config=experiments/configs/r4t.py:size=demo
     --config=experiments/configs/r4t.py:size=evidence,data=playlists,raw=PATH,seeds=0+1+2
 
-Arguments: size (test, demo, evidence, paper), data (words, playlists, fashion, polyvore), raw (folder or file
-of the last three), seeds (0+1+2), ablations (rewards: the collapse study).
+Arguments: size (test, demo, evidence, paper), data (words, playlists, fashion, polyvore, or a folder of your
+own), raw (folder or file of playlists, fashion or polyvore), seeds (0+1+2), ablations (rewards: the collapse
+study).
 
 words is open-ended retrieval (OAR): themes over 16,000 embedded words, nothing to download but wheels. The
-others are weakly supervised (WSCR): one reference set per query.
+next three are weakly supervised (WSCR): one reference set per query. Your own, contents.txt and
+queries.jsonl (genret/catalogue/own.py), are what queries.jsonl says.
 
 demo is what launch/fanout_demo.sh runs; evidence trains a wider set network, for longer, on sets of more
 queries. Expected, 2 CPU cores: see the README. `paper` is for accelerators and has no figure yet.
 """
+
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
@@ -65,8 +69,8 @@ def get_config(argument: str = "") -> ConfigDict:
     arg = parse(argument, size="demo", data="words", raw="", seeds="0", ablations="")
     if arg.size not in SIZES:
         raise InputError("size", f"unknown size {arg.size!r}", f"use one of {', '.join(SIZES)}")
-    if arg.data not in DATA:
-        raise InputError("data", f"unknown data {arg.data!r}", f"use one of {', '.join(DATA)}")
+    if arg.data not in DATA and not Path(arg.data).is_dir():
+        raise InputError("data", f"{arg.data!r} is no folder", f"use {', '.join(DATA)}, or a folder of yours")
     given = ",".join(f"{k}={v}" for k, v in vars(arg).items() if v and k not in ("seeds", "ablations"))
 
     c = ConfigDict()
@@ -74,7 +78,7 @@ def get_config(argument: str = "") -> ConfigDict:
     c.ablations = tuple(filter(None, arg.ablations.split("+")))  # rewards, or nothing
     c.command = f"python -m experiments.run --config=experiments/configs/r4t.py:{given}"
     c.fanout = dict(
-        data=arg.data,  # words, playlists, fashion, polyvore
+        data=arg.data,  # words, playlists, fashion, polyvore, or a folder of contents.txt and queries.jsonl
         raw=arg.raw,  # folder or file of a data set that is not made here
         folder="data",  # where embedded data sets are kept
         contents=16_000,  # words: of the pool
@@ -82,8 +86,6 @@ def get_config(argument: str = "") -> ConfigDict:
         seed=0,  # of themes and split
     )
     c.k = 10  # sub-queries of a fan-out
-    # The query's weight in its sub-queries' embeddings, ours: a small model's parts of a set mean little alone.
-    c.context = 0.0 if arg.data == "words" else 1.0
     c.language = dict(
         model="smollm2",  # or a GGUF file, or a checkpoint folder
         lora_rank=16,  # 0 tunes all weights
@@ -102,6 +104,7 @@ def get_config(argument: str = "") -> ConfigDict:
         alignment=0.2,
         recall=1.0,  # eq. 5, weakly supervised data: that alone
         depth=100,  # contents per sub-query, for recall
+        context=1.0,  # the query's weight in its sub-queries' embeddings, likewise; 0 as the paper has it
         normalise="scale",  # or group: z-scores
     )
     c.warm = dict(

@@ -18,7 +18,7 @@ import re
 import tokenize
 import uuid
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -292,6 +292,24 @@ def deduplicated(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     numbers = np.array([number[key] for key in keys], np.int32)
     return np.unique(numbers, return_index=True)[1].astype(np.int32), numbers
+
+
+def json_lines(path: Path, what: str, form: str, fix: str) -> Iterator[tuple[str, Any]]:
+    """(where it stands, the value) of each line of a JSONL file. Raises InputError for a missing file, what
+    is not UTF-8, and a line that is no JSON. what: a line is, in words; form: how to write one; fix: of the
+    file."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError as error:
+        raise InputError(str(path), "no such file", fix) from error
+    except (OSError, ValueError) as error:
+        raise InputError(str(path), f"not UTF-8 ({error})", fix) from error
+    for number, line in enumerate(lines, start=1):
+        where = f"line {number} of {path.name}"
+        try:
+            yield where, json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(where, f"not {what} ({error!r})", form) from error
 
 
 def plain(text: str) -> str:

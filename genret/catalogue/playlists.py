@@ -7,19 +7,19 @@ Read from a folder with `playlists.jsonl`, one {"name", "description", "track_id
 from __future__ import annotations
 
 import csv
-import json
 import re
 from pathlib import Path
 
 import numpy as np
 
-from genret.catalogue.fanout import FanoutTexts, deduplicated, draw_split, plain
+from genret.catalogue.fanout import FanoutTexts, deduplicated, draw_split, json_lines, plain
 from genret.types import InputError
 
 # Charts follow no theme: "Top 50 - Iceland". Personal lists are made for or by one listener.
 CHART = re.compile(r"Top \d+ - ")
 PERSONAL = re.compile(r"Discover Weekly\b|.* Radio$|.*\bRecent Favorites$")
 FIX = "Pass the folder of playlists.jsonl and tracks.csv."
+FORM = 'Write {"name": ..., "description": ..., "track_ids": [...]}.'
 
 
 def read(folder: str | Path, *, seed: int = 0) -> FanoutTexts:
@@ -77,24 +77,15 @@ def _read_tracks(path: Path) -> tuple[list[str], list[str]]:
 
 
 def _read_lists(path: Path, tracks: dict[str, int]) -> list[dict]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError as error:
-        raise InputError(str(path), "no such file", FIX) from error
-    except ValueError as error:
-        raise InputError(str(path), f"not UTF-8 ({error})", "Fetch it again.") from error
     lists = []
-    for number, line in enumerate(lines, start=1):
-        where = f"line {number} of {path.name}"
+    for where, found in json_lines(path, "a playlist", FORM, FIX):
         try:
-            found = json.loads(line)
             each = {"name": found["name"], "description": found["description"] or ""}
             each["track_ids"] = list(found["track_ids"])
             if not all(isinstance(part, str) for part in (*list(each.values())[:2], *each["track_ids"])):
                 raise TypeError("a text that is no string")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            fix = 'Write {"name": ..., "description": ..., "track_ids": [...]}.'
-            raise InputError(where, f"not a playlist ({error!r})", fix) from error
+        except (KeyError, TypeError) as error:
+            raise InputError(where, f"not a playlist ({error!r})", FORM) from error
         if not each["name"].strip() or not each["track_ids"]:
             raise InputError(where, "a playlist without a name or without tracks", "Drop it.")
         unknown = [track for track in each["track_ids"] if track not in tracks]

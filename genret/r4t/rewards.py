@@ -42,8 +42,8 @@ Answer = list[str] | None  # sub-queries, or None for a malformed answer
 def in_context(vectors: np.ndarray, queries: np.ndarray, weight: float) -> np.ndarray:
     """Sub-queries f32[n, D] of the queries f32[n, D], both unit-norm -> (v + w q) / ‖v + w q‖, f32[n, D].
 
-    A large language model writes sub-queries that make sense alone ("white linen shirt for a beach wedding"), a
-    small one writes parts of them ("linen shirt"): the query says what of. Ours; weight 0 is the paper's e(q_i).
+    A large language model writes sub-queries that make sense alone ("linen shirt for a beach wedding"), a
+    small one parts of them ("linen shirt"): the query says what of. Ours; weight 0 is the paper's e(q_i).
     """
     if not weight:
         return vectors

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import strategies as st
 
-from genret.catalogue import facets, fanout, format, kaggle, playlists, polyvore
+from genret.catalogue import facets, fanout, format, kaggle, own, playlists, polyvore
 from genret.types import InputError
 
 TEXTS = "rain snow café カフェ umbrella tea hat".split() + ["old library", "first date", "shelf, of books"]
@@ -155,6 +155,13 @@ def playlist_files():
     return [{"tracks.csv": tracks.encode(), "playlists.jsonl": b"\n".join(map(written, lists))}]
 
 
+def own_files():
+    lines = [
+        {"query": f"query {t}", "references": [t], "split": fanout.SPLITS[i % 3]} for i, t in enumerate(TEXTS)
+    ]
+    return [{"contents.txt": "\n".join(TEXTS).encode(), "queries.jsonl": b"\n".join(map(written, lines))}]
+
+
 def outfit_files():
     def outfit(i):
         items = [{"index": 1, "name": TEXTS[i], "categoryid": 3}, {"index": 2, "name": "", "categoryid": "4"}]
@@ -188,6 +195,7 @@ LOADERS = {
     "streaming": lambda damage: (title_files, damage, streaming),
     "facets": lambda damage: (csv_files, damage, by_facets),
     "playlists": lambda damage: (playlist_files, damage, lambda f: embedded(playlists.read(f))),
+    "own": lambda damage: (own_files, damage, lambda f: embedded(own.read(f))),
     "polyvore": lambda damage: (outfit_files, damage, lambda f: embedded(polyvore.read(f))),
     "fan-out": lambda damage: (fanout_files, damage, archive),
     "members": lambda damage: (fanout_files, partial(other_members, damage), archive),

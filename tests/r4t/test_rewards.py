@@ -123,8 +123,8 @@ def test_vectors_are_scored_as_the_words_they_came_from():
 
 
 def test_a_sub_query_in_the_context_of_its_query_by_hand():
-    # In the context of x at weight 1, y is (x + y) / √2, the middle, which the pool holds; at weight 3/4 and of
-    # query y, x is (4, 3, 0) / 5. What is missing stays missing.
+    # In the context of x at weight 1, y is (x + y) / √2, the middle, which the pool holds; in that of y at
+    # weight 3/4, x is (4, 3, 0) / 5. What is missing stays missing.
     found = world(context=1.0)(np.array([0]), [[["y", "x"], None]])
     assert found.components["groundedness"][0].tolist() == pytest.approx([1, 0])
     np.testing.assert_allclose(found.components["alignment"][0], [(S + 1) / 2, 0], atol=1e-6)
