@@ -6,6 +6,8 @@ float64, in row order, so that a seed always gives the same cells (a GPU's scatt
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,18 +25,27 @@ def _nearest(rows: Array, centroids: Array) -> tuple[Array, Array]:
     return jnp.argmax(cosines, axis=1).astype(jnp.int32), jnp.max(cosines, axis=1)
 
 
-def _sweep(embeddings, centroids: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
+def _nearest_here(rows: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same in NumPy, for many small problems of as many shapes: nothing is compiled."""
+    cosines = rows @ centroids.T
+    best = cosines.argmax(1)
+    return best.astype(np.int32), np.take_along_axis(cosines, best[:, None], 1)[:, 0]
+
+
+def _sweep(
+    embeddings, centroids: np.ndarray, block: int, nearest: Callable = _nearest
+) -> tuple[np.ndarray, np.ndarray]:
     """Nearest centroid i32[N] of every row and its cosine f32[N]."""
     n = len(embeddings)
     block = max(1, min(block, n, _SCORES // len(centroids)))
     cell, cosine = np.empty(n, np.int32), np.empty(n, np.float32)
-    on_device = jnp.asarray(centroids)
+    on_device = jnp.asarray(centroids) if nearest is _nearest else centroids
     padded = np.zeros((block, centroids.shape[1]), np.float32)
     for start in range(0, n, block):
         rows = np.asarray(embeddings[start : start + block], np.float32)
         if len(rows) < block:  # a padded last block keeps one compiled shape
             padded[: len(rows)] = rows
-        best, value = _nearest(rows if len(rows) == block else padded, on_device)
+        best, value = nearest(rows if len(rows) == block else padded, on_device)
         cell[start : start + block] = np.asarray(best)[: len(rows)]
         cosine[start : start + block] = np.asarray(value)[: len(rows)]
     return cell, cosine
@@ -73,11 +84,13 @@ def spherical_kmeans(
     seed: int,
     iterations: int = 20,
     block: int = 65536,
+    nearest: Callable = _nearest,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Clusters unit-norm rows so that Sum_n cos(x_n, c_a(n)) rises at every iteration.
 
     embeddings: f32[N, D] unit-norm rows; a `np.memmap` is read a block at a time.
     block: most rows held at once (fewer where `num_clusters` is large), so [N, P] never exists.
+    nearest: (rows, centroids) -> nearest centroid of each row and its cosine.
 
     Starts at `num_clusters` random distinct rows, gives an empty cell the worst-fitting row, and
     stops when no row changes its cell, at most after `iterations`. Deterministic by `seed`.
@@ -100,12 +113,49 @@ def spherical_kmeans(
     centroids = np.asarray(embeddings[np.sort(chosen)], np.float32)
     cell = None
     for _ in range(iterations):
-        new = _fill_empty(*_sweep(embeddings, centroids, block), num_clusters)
+        new = _fill_empty(*_sweep(embeddings, centroids, block, nearest), num_clusters)
         if cell is not None and np.array_equal(new, cell):
             break
         cell = new
         centroids = _means(embeddings, cell, centroids, block)
     return centroids, cell
+
+
+def two_level_kmeans(
+    embeddings: np.ndarray, num_clusters: int, *, seed: int, iterations: int = 20
+) -> tuple[np.ndarray, np.ndarray]:
+    """`spherical_kmeans` for many clusters: √P coarse cells, then each by itself, in 2 N √P cosines an
+    iteration instead of N P. A row near the border of its coarse cell may miss a centroid beyond it.
+
+    A coarse cell gets clusters in proportion to its rows, one at least. Returns and raises as
+    `spherical_kmeans`.
+    """
+    if num_clusters > len(embeddings):  # for the message; the coarse level would not notice
+        spherical_kmeans(embeddings, num_clusters, seed=seed)
+    coarse = max(1, round(num_clusters**0.5))
+    _, of = spherical_kmeans(embeddings, coarse, seed=seed, iterations=iterations)
+    rows_of = np.split(np.argsort(of, kind="stable"), np.cumsum(np.bincount(of, minlength=coarse))[:-1])
+    counts = _shares(np.array([len(rows) for rows in rows_of]), num_clusters)
+    centroids, cell, first = [], np.empty(len(of), np.int32), 0
+    for c, (rows, count) in enumerate(zip(rows_of, counts, strict=True)):
+        own = spherical_kmeans(
+            np.asarray(embeddings[rows]), int(count), seed=seed + c, iterations=iterations,
+            nearest=_nearest_here,
+        )  # fmt: skip
+        centroids.append(own[0])
+        cell[rows] = first + own[1]
+        first += count
+    return np.concatenate(centroids), cell
+
+
+def _shares(sizes: np.ndarray, total: int) -> np.ndarray:
+    """`total` i64[n] in proportion to `sizes`, each from 1 to its size: those owed most are rounded up."""
+    exact = sizes * (total / sizes.sum())
+    counts = np.clip(np.floor(exact).astype(np.int64), 1, sizes)
+    while (left := total - counts.sum()) != 0:
+        owed = np.where(counts < sizes if left > 0 else counts > 1, np.sign(left) * (exact - counts), -np.inf)
+        counts[np.argsort(-owed, kind="stable")[: min(abs(left), np.isfinite(owed).sum())]] += np.sign(left)
+    return counts
 
 
 def assign(embeddings: np.ndarray, centroids: np.ndarray, block: int = 65536) -> np.ndarray:

@@ -14,11 +14,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from genret.catalogue.clusters import spherical_kmeans
+from genret.catalogue.clusters import spherical_kmeans, two_level_kmeans
 from genret.retrieval.index import build_index
 from genret.types import InputError
 
 NEVER = -1e30
+
+
+# Most latent cells fitted at one level: with more, the cosines of all rows to all centroids take hours.
+DIRECT = 8192
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,8 @@ def fit_cells(
     for repeat in range(seeds):
         for size in sizes:
             count = max(2, len(rows) // size)
-            _, cell = spherical_kmeans(x, count, seed=1000 * seed + 10 * repeat + 1, iterations=15)
+            cluster = spherical_kmeans if count <= DIRECT else two_level_kmeans
+            _, cell = cluster(x, count, seed=1000 * seed + 10 * repeat + 1, iterations=15)
             order = np.argsort(cell, kind="stable")
             parts = np.split(rows[order], np.cumsum(np.bincount(cell, minlength=count))[:-1])
             of_item = np.full(len(train), -1, np.int32)

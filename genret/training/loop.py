@@ -196,7 +196,9 @@ def fit(
         )
     step_fn, on_frozen, on_batch = compiled_step(stage, options, mesh, placed, batch)
     frozen = meshes.place(stage.frozen, on_frozen)
-    flops = flops_per_step(stage, options, state.params, frozen, batch)
+    # Of the program that is run, so that it is traced once; XLA counts one microbatch of it.
+    cost = step_fn.lower(state, frozen, meshes.place(batch, on_batch)).cost_analysis() or {}
+    flops = options.microbatches * float(cost.get("flops", 0.0))
     peak = peak_flops()
 
     # Simulated CPU devices share one thread pool: programs that run ahead starve each other's collectives.

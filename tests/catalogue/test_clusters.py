@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
 from genret.catalogue import clusters
-from genret.catalogue.clusters import assign, spherical_kmeans
+from genret.catalogue.clusters import assign, spherical_kmeans, two_level_kmeans
 from genret.types import InputError
 
 
@@ -72,6 +74,33 @@ def test_objective_close_to_scikit_learn():
     theirs = KMeans(20, n_init=6, random_state=0).fit(rows)
     peer = objective(rows, unit(theirs.cluster_centers_), theirs.labels_)
     assert ours > 0.985 * peer
+
+
+def test_two_levels_are_nearly_as_good_as_one_and_no_cell_is_empty():
+    rows, _ = mixture(n=6000, width=16, centres=40, noise=1.2)
+    whole = objective(rows, *spherical_kmeans(rows, 300, seed=0))
+    centroids, cell = found = two_level_kmeans(rows, 300, seed=0)
+    assert centroids.shape == (300, 16) and np.bincount(cell, minlength=300).min() >= 1
+    np.testing.assert_allclose(np.linalg.norm(centroids, axis=1), 1, atol=1e-6)
+    means = unit(np.stack([rows[cell == c].mean(0, dtype=np.float64) for c in range(300)]))
+    np.testing.assert_allclose(centroids, means, atol=1e-6)
+    chance = objective(rows, rows[:300], assign(rows, rows[:300]))
+    assert objective(rows, *found) - chance > 0.75 * (whole - chance)
+    np.testing.assert_array_equal(two_level_kmeans(rows, 300, seed=0)[1], cell)
+    assert sorted(two_level_kmeans(rows[:50], 50, seed=0)[1]) == list(range(50))  # a row each
+    with pytest.raises(InputError, match="num_clusters: 51 clusters asked of 50 rows"):
+        two_level_kmeans(rows[:50], 51, seed=0)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.data())
+def test_shares_add_up_and_are_in_proportion(sizes, data):
+    sizes = np.array(sizes)
+    total = data.draw(st.integers(len(sizes), sizes.sum()))
+    counts = clusters._shares(sizes, total)
+    assert counts.sum() == total and (counts >= 1).all() and (counts <= sizes).all()
+    # Past what one at least forces up elsewhere, none is a whole cluster off its share.
+    forced = np.maximum(1 - sizes * total / sizes.sum(), 0).sum()
+    assert (np.abs(counts - sizes * total / sizes.sum()) < 1 + forced).all()
 
 
 def test_deterministic_by_seed_and_whatever_the_block(monkeypatch):
