@@ -1,4 +1,4 @@
-"""The README's map is the house, and its commands are there."""
+"""The README's map is the house, its commands are there, and its links and those of docs/ lead somewhere."""
 
 import re
 import subprocess
@@ -14,8 +14,23 @@ def test_every_module_is_on_the_map_and_every_path_on_it_exists():
             assert path.name in README, f"{path.relative_to(ROOT)} is not on the map"
     for name in re.findall(r"`((?:genret|experiments|launch|tests)/[\w/.]*)`", README):
         assert (ROOT / name).exists(), f"the README names {name}"
-    for name in re.findall(r"\]\(([\w/.]+)\)", README):
-        assert (ROOT / name).exists(), f"the README links to {name}"
+
+
+def test_links_lead_to_files_and_headings_that_are_there():
+    found = 0
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        text = page.read_text()
+        for name, heading in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", text):
+            target = page.parent / name if name else page
+            assert target.exists(), f"{page.name} links to {name}"
+            if heading:
+                titles = re.findall(r"^#+ (.*)$", target.read_text(), re.M)
+                slugs = [re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles]
+                assert heading in slugs, f"{page.name} links to {name}#{heading}"
+            found += 1
+        for name in re.findall(r"`((?:experiments|launch|tests)/[\w/.]*\.\w+)`", text):
+            assert (ROOT / name).exists(), f"{page.name} names {name}"
+    assert found > 10
 
 
 def test_commands_are_executable_scripts_with_existing_configs():
