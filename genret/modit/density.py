@@ -20,7 +20,8 @@ from jax.sharding import PartitionSpec as P
 
 from genret.catalogue.format import Catalogue
 from genret.diffusion.edm import unit
-from genret.retrieval.index import ExactIndex
+from genret.retrieval.index import ExactIndex, Index
+from genret.training.log import Progress
 from genret.training.loop import FitOptions, fit
 from genret.training.mesh import local
 from genret.training.stage import Stage
@@ -57,7 +58,8 @@ def buy_labels(catalogue: Catalogue, train: np.ndarray, *, budget: float, k: int
     rng = np.random.default_rng([seed, 11])
     chosen = np.sort(rng.choice(len(rows), count, replace=False))
     index = ExactIndex(catalogue.embeddings[rows])
-    ids, _ = index.search(np.asarray(catalogue.embeddings[rows[chosen]]), min(k + 1, len(rows)))
+    queries = np.asarray(catalogue.embeddings[rows[chosen]])
+    ids = search_in_parts(index, queries, min(k + 1, len(rows)), "probes")
     # The probe itself is not its own neighbour; drop it, or the last if duplicates pushed it out.
     itself = ids == chosen[:, None]
     itself[:, -1] |= ~itself.any(1)
@@ -67,6 +69,18 @@ def buy_labels(catalogue: Catalogue, train: np.ndarray, *, budget: float, k: int
     read = np.unique(neighbours)
     seen[:, read] = catalogue.labels[:, read]
     return Labels(rows[chosen], (found == 1).sum(-1), (found >= 0).sum(-1), seen)
+
+
+def search_in_parts(index: Index, queries: np.ndarray, k: int, name: str, part: int = 16_384) -> np.ndarray:
+    """ids i32[Q, k] of `index.search`, `part` queries at a time: of millions, people see how far it is, and
+    ScaNN, which holds the candidates of all queries of a call, needs no gigabytes for them."""
+    if len(queries) <= part:
+        return index.search(queries, k)[0]
+    progress, found = Progress(name, len(queries), apart=10.0), []
+    for start in range(0, len(queries), part):
+        found.append(index.search(queries[start : start + part], k)[0])
+        progress(min(start + part, len(queries)))
+    return np.concatenate(found)
 
 
 class DensityMLP(nn.Module):

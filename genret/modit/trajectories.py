@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from genret.catalogue.clusters import spherical_kmeans, two_level_kmeans
+from genret.modit.density import search_in_parts
 from genret.retrieval.index import build_index
 from genret.types import InputError
 
@@ -82,7 +83,7 @@ def neighbour_table(embeddings: np.ndarray, train: np.ndarray, *, k: int, index:
     """i32[N, k] nearest training items of every training item (itself left out), -1 for other rows."""
     rows = np.flatnonzero(train)
     x = np.asarray(embeddings[rows])
-    ids, _ = build_index(index, x, k + 1, of_items=True).search(x, k + 1)
+    ids = search_in_parts(build_index(index, x, k + 1, of_items=True), x, k + 1, "neighbours")
     itself = ids == np.arange(len(rows))[:, None]
     itself[:, -1] |= ~itself.any(1)
     table = np.full((len(train), k), -1, np.int32)

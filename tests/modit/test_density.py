@@ -8,6 +8,7 @@ from scipy.stats import binom, spearmanr
 from sklearn.linear_model import LogisticRegression
 
 from genret.modit import density as dn
+from genret.retrieval.index import ExactIndex
 from genret.training.loop import FitOptions
 from genret.types import InputError
 
@@ -207,3 +208,13 @@ def test_knn_density_by_hand(hand):
     # The three probes nearest to 2 degrees are 1, 3 and 0: a (2+1+1)/2/3, b (0/1 + 1/2 + 1/1)/3.
     value = dn.knn_density(catalogue, labels, circle([2.1]).astype(np.float32), k=3)
     np.testing.assert_allclose(value[:, 0], [4 / 6, 1.5 / 3], rtol=1e-6)
+
+
+def test_a_search_in_parts_is_the_search_and_says_how_far_it_is(capsys):
+    rng = np.random.default_rng(0)
+    index, queries = ExactIndex(np.float32(rng.normal(size=(50, 8)))), np.float32(rng.normal(size=(23, 8)))
+    whole = index.search(queries, 5)[0]
+    np.testing.assert_array_equal(dn.search_in_parts(index, queries, 5, "probes", part=10), whole)
+    assert "probes 23/23" in "".join(capsys.readouterr())
+    np.testing.assert_array_equal(dn.search_in_parts(index, queries, 5, "probes"), whole)
+    assert not capsys.readouterr().out
