@@ -100,9 +100,9 @@ class MetricLog:
         self.writer = None
         if jax.process_index():
             return
-        from tensorboardX import (
-            SummaryWriter,
-        )  # imported late: it is slow and evaluation has no use for it
+        # Imported late: it is slow and evaluation has no use for it.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         self.path = folder / "metrics.jsonl"
         if self.path.exists():
@@ -111,7 +111,12 @@ class MetricLog:
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(kept))
             os.replace(temporary, self.path)
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1, flush_secs=10)
+        (folder / "tensorboard").mkdir(parents=True, exist_ok=True)
+        # Written at once: the thread of a SummaryWriter ends where the clock jumps back by weeks, and then
+        # rows wait for it for ever.
+        self.writer = EventsWriter(str(folder / "tensorboard" / "events"))
+        begun = SessionLog(status=SessionLog.START)  # later steps of an earlier run are not shown
+        self.writer.write_event(Event(wall_time=time.time(), step=start + 1, session_log=begun))
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """One row; values are plain floats."""
@@ -119,8 +124,12 @@ class MetricLog:
             return
         with self.path.open("a") as f:
             f.write(json.dumps({"step": step, **metrics}) + "\n")
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, value, step)
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        self.writer.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        self.writer.flush()
 
     def close(self) -> None:
         if self.writer is not None:

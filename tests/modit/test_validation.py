@@ -9,6 +9,7 @@ from genret.modit.validation import (
     Spread,
     calibration_error,
     predictor_report,
+    sampled,
     true_density,
     within_pattern,
 )
@@ -78,3 +79,14 @@ def test_the_report_has_a_row_per_budget_predictor_domain_and_split(molecules, s
             assert row["calibration"] == calibration_error(predicted, truth[m, items])
     exact = [r for r in rows if r["budget"] == 0.5 and r["predictor"] == names[0]]
     assert all(r["spearman"] > 0.999 and r["calibration"] == 0 and r["patterns"] > 0 for r in exact)
+
+
+def test_a_sample_is_of_whole_patterns_and_few_items_are_all_taken():
+    pattern = np.repeat(np.arange(40), np.arange(1, 41))
+    items = np.random.default_rng(0).permutation(5000)[: len(pattern)]
+    np.testing.assert_array_equal(sampled(items, pattern, most=len(items)), items)
+    some = sampled(items, pattern, most=300)
+    assert 250 < len(some) <= 300 and set(some) < set(items)
+    taken = np.isin(items, some)
+    for p in range(40):
+        assert taken[pattern == p].all() or not taken[pattern == p].any()

@@ -75,3 +75,24 @@ def test_matmul_flops_are_those_of_the_fastest_of_three(monkeypatch):
     monkeypatch.setattr(log.time, "perf_counter", lambda: next(clock))
     assert log.matmul_flops.__wrapped__(64) == 2 * 64**3
     assert not list(clock)
+
+
+def test_tensorboard_gets_every_row_at_once_whatever_the_clock_says(tmp_path, monkeypatch):
+    """Read back as TensorBoard does: records of a length, a checksum, an event and a checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    monkeypatch.setattr(log.time, "time", iter([4e9, 4e9, 3e9, 2e9, 1e9, 0.0, 5e9]).__next__)
+    metrics = log.MetricLog(tmp_path, 2)
+    metrics.write(3, {"loss": 0.5, "validation joint": 0.25})
+    metrics.write(4, {"loss": 0.125})
+    (path,) = (tmp_path / "tensorboard").glob("events.out.tfevents.*")
+    data, events = path.read_bytes(), []
+    while data:
+        length = int.from_bytes(data[:8], "little")
+        events.append(Event.FromString(data[12 : 12 + length]))
+        data = data[16 + length :]
+    metrics.close()
+    assert events[0].file_version == "brain.Event:2"
+    assert (events[1].step, events[1].session_log.status) == (3, 1)  # START: rows from 3 on are new
+    found = [(e.step, {v.tag: v.simple_value for v in e.summary.value}) for e in events[2:]]
+    assert found == [(3, {"loss": 0.5, "validation joint": 0.25}), (4, {"loss": 0.125})]
