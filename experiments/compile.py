@@ -105,12 +105,11 @@ def compile_stage(stage: Stage, options: FitOptions, mesh: Mesh) -> dict[str, An
     placed = meshes.shardings(state, mesh, stage.rules)
     batch = stage.batch(0, state.params)
     step, *_ = compiled_step(stage, options, mesh, placed, batch)
-    shapes = shapes_of((state.params, stage.frozen, batch))
-    lowered = step.lower(state, *shapes[1:])
+    lowered = step.lower(state, *shapes_of((stage.frozen, batch)))
     row = {"stage": stage.name, "parameters": sum(x.size for x in jax.tree.leaves(state.params))}
     row |= {"batch": len(jax.tree.leaves(batch)[0])} | costs(lowered)
     if not row["flops"]:
-        row["flops"] = flops_per_step(stage, options, *shapes) / mesh.size
+        row["flops"] = flops_per_step(lowered, options) / mesh.size
     return row
 
 

@@ -49,7 +49,7 @@ class Trainer:
         self.step, on_frozen, self.on_batch = compiled_step(stage, options, mesh, placed, host)
         self.frozen = meshes.place(stage.frozen, on_frozen)
         self.batch = meshes.place(host, self.on_batch)
-        self.flops = flops_per_step(stage, options, self.state.params, self.frozen, host)
+        self.flops = flops_per_step(self.step.lower(self.state, self.frozen, self.batch), options)
 
     def __call__(self) -> dict[str, Any]:
         self.state, metrics = self.step(self.state, self.frozen, self.batch)

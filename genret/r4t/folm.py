@@ -16,6 +16,7 @@ from genret.r4t.prompts import K, Prompt
 from genret.r4t.rewards import Answer, Scores
 from genret.training import mesh as meshes
 from genret.training import processes
+from genret.training.log import Progress
 from genret.types import Array, InputError, PyTree
 
 # Prompts and answers are padded to multiples of these, so that few shapes compile.
@@ -170,9 +171,12 @@ def sample_fanouts(
     parts = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     batch = parts * -(-min(batch, len(tokens)) // parts)
     answers: list[Answer] = []
+    progress = Progress("answers", len(tokens), apart=10.0) if len(tokens) > batch else None
     for start in range(0, len(tokens), batch):
         at = np.minimum(np.arange(start, start + batch), len(tokens) - 1)  # the last batch is filled up
         answers += policy.sample(variables, tokens[at], mask[at], keys[at])[2]
+        if progress:
+            progress(min(len(answers), len(tokens)))
     # Hosts may round a probability apart and then draw another token.
     return processes.agreed("answers", answers[: len(queries)])
 

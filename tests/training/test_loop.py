@@ -16,7 +16,16 @@ from genret.diffusion import edm
 from genret.diffusion.dit import SHARDING_RULES, make_dit
 from genret.diffusion.retriever import Retriever
 from genret.training.checkpoint import restore_params
-from genret.training.loop import FitOptions, NonFiniteLoss, accumulate, draw_for, fit
+from genret.training.loop import (
+    FitOptions,
+    NonFiniteLoss,
+    accumulate,
+    begin,
+    compiled_step,
+    draw_for,
+    fit,
+    flops_per_step,
+)  # fmt: skip
 from genret.training.mesh import make_mesh, shardings, with_rows
 from genret.training.stage import Stage
 from genret.types import Batch, Condition, InputError, Terms
@@ -283,17 +292,19 @@ def test_every_log_row_has_rates_and_flops(reference):
     assert list((reference[1] / "tensorboard").glob("events*"))
 
 
-def test_flops_are_those_of_the_matmuls(tmp_path):
-    """A linear model: forward 2BIO, backward 2BIO for the weights, and nothing else of that order."""
-    from genret.training.loop import flops_per_step
-
-    rows, inner, outer = 64, 128, 256
+@pytest.mark.parametrize("parts", [1, 4])
+def test_flops_are_those_of_the_matmuls(parts):
+    """A linear model: forward 2BIO, backward 2BIO for the weights; the optimiser is small beside a batch."""
+    rows, inner, outer = 1024, 128, 256
     linear = Stage(
         "linear",
         init=lambda key: {"kernel": jnp.zeros((inner, outer))},
-        loss=lambda p, _, b, d: Terms(jnp.sum((b["x"] @ p["kernel"]) ** 2, -1), jnp.ones(rows)),
+        loss=lambda p, _, b, d: Terms(jnp.sum((b["x"] @ p["kernel"]) ** 2, -1), jnp.ones(len(b["x"]))),
         batch=lambda step, _: {"x": np.ones((rows, inner), np.float32)},
         rules=(("", P()),),
     )
-    counted = flops_per_step(linear, FitOptions(steps=1), linear.init(None), None, linear.batch(0, None))
+    options, mesh = FitOptions(steps=1, microbatches=parts), one_device()
+    state, batch = begin(options, linear.init(None)), linear.batch(0, None)
+    step, *_ = compiled_step(linear, options, mesh, shardings(state, mesh, linear.rules), batch)
+    counted = flops_per_step(step.lower(state, None, batch), options)
     assert 1.0 < counted / (4 * rows * inner * outer) < 1.05
