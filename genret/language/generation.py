@@ -18,6 +18,8 @@ from genret.types import Array, InputError, PyTree
 
 # Logits of at most so many (row, column) pairs exist at once in `token_log_probs`.
 _LOGIT_ROWS = 1024
+# Decoding goes on with the half that is left, where that is so many rows: below, a step costs little less.
+_FEWEST = 16
 
 
 @struct.dataclass
@@ -49,8 +51,9 @@ def generate(
     batch it is in. temperature: 0 takes the most probable token (log_probs are then those of temperature 1).
     top_p: draw from the smallest set of most probable tokens whose probability reaches top_p (tokens as
     probable as its last all stay). stop: ids that end a row; decoding ends when all rows have. prefix:
-    i32[F], tokens before every row. One prefill, then one `lax.while_loop`; compiled for each shape and
-    setting. Columns of a mask that are False count nowhere; its last column must be True.
+    i32[F], tokens before every row. Columns of a mask that are False count nowhere; its last column must be
+    True. One prefill, then a `lax.while_loop`, and on one device another for the rows that are left when half
+    have stopped, and again; compiled for each shape and setting.
     Raises InputError for a setting out of range, and for shapes or a mask that do not fit.
     """
     _check_sampling(decoder, max_new, temperature, top_p, stop)
@@ -60,34 +63,49 @@ def generate(
     if _is_here(mask) and not np.asarray(mask[:, -1]).all():
         raise InputError("mask", "a row ends in padding", "pad on the left, and give each row a token")
     sampler = (float(temperature), float(top_p))
-    return _generate(decoder, variables, tokens, mask, key, prefix, max_new, sampler, tuple(stop))
+    given = variables, tokens, mask, key, prefix
+    # Rows of a mesh stay on their devices.
+    halving = bool(stop) and _on_one_device(given)
+    return _generate(decoder, *given, max_new, sampler, tuple(stop), halving)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 6, 7, 8))
-def _generate(decoder, variables, tokens, mask, key, prefix, max_new, sampler, stop) -> Generated:
+@functools.partial(jax.jit, static_argnums=(0, 6, 7, 8, 9))
+def _generate(decoder, variables, tokens, mask, key, prefix, max_new, sampler, stop, halving) -> Generated:
     variables = _in_dtype(variables, decoder.dtype)
     batch = tokens.shape[0]
 
-    def draw(t: Array, h: Array, alive: Array, out: Generated) -> tuple[Array, Array, Generated]:
-        """Samples column t from the states h [B, W] of the column before it."""
-        logits = decoder.apply(variables, h, method="head")  # [B, V]
-        token, log_prob = _sample(logits, jax.vmap(jax.random.fold_in, (0, None))(key, t), *sampler)
+    def draw(rows: Array | slice, t: Array, h: Array, alive: Array, out: Generated):
+        """Samples column t of some rows from the states h [b, W] of the column before it."""
+        logits = decoder.apply(variables, h, method="head")  # [b, V]
+        token, log_prob = _sample(logits, jax.vmap(jax.random.fold_in, (0, None))(key[rows], t), *sampler)
         token, log_prob = jnp.where(alive, token, 0), jnp.where(alive, log_prob, 0)
-        out = jax.tree.map(lambda x, new: x.at[:, t].set(new), out, Generated(token, alive, log_prob))
+        out = jax.tree.map(lambda x, new: x.at[rows, t].set(new), out, Generated(token, alive, log_prob))
         return token, alive & ~jnp.isin(token, jnp.array(stop, jnp.int32)), out
 
-    def step(carry):
-        t, cache, token, alive, out = carry
-        h, cache = decoder.apply(variables, token[:, None], alive[:, None], cache, method="hidden")
-        return t + 1, cache, *draw(t, h[:, 0], alive, out)
+    def decode(rows: Array | slice, carry: tuple, least: int) -> tuple:
+        """Column after column, until no more than `least` of the rows go on."""
+
+        def step(carry):
+            t, cache, token, alive, out = carry
+            h, cache = decoder.apply(variables, token[:, None], alive[:, None], cache, method="hidden")
+            return t + 1, cache, *draw(rows, t, h[:, 0], alive, out)
+
+        return jax.lax.while_loop(lambda c: (c[0] < max_new) & (c[3].sum() > least), step, carry)
 
     cache = _read_prefix(decoder, variables, prefix, batch, tokens.shape[1] + max_new - 1)
     h, cache = decoder.apply(variables, tokens, mask, cache, method="hidden")
     nothing = jnp.zeros((batch, max_new))
     out = Generated(nothing.astype(jnp.int32), nothing.astype(bool), nothing)
-    first = draw(jnp.int32(0), h[:, -1], jnp.ones(batch, bool), out)
-    carry = (jnp.int32(1), cache, *first)
-    return jax.lax.while_loop(lambda c: (c[0] < max_new) & c[3].any(), step, carry)[-1]
+    rows, left = slice(None), batch
+    carry = (jnp.int32(1), cache, *draw(rows, jnp.int32(0), h[:, -1], jnp.ones(batch, bool), out))
+    while halving and left // 2 >= _FEWEST:
+        left //= 2
+        t, cache, token, alive, out = decode(rows, carry, left)
+        on = jnp.argsort(~alive, stable=True)[:left]
+        rows = jnp.arange(batch)[rows][on]
+        cache = jax.tree.map(lambda x, on=on: x[on] if x.ndim else x, cache)
+        carry = (t, cache, token[on], alive[on], out)
+    return decode(rows, carry, 0)[-1]
 
 
 def token_log_probs(
@@ -222,6 +240,14 @@ def _check_rows(decoder: Decoder, tokens: Array, mask: Array, prefix: Array | No
         if not 0 <= ids.min() <= ids.max() < size:
             problem = f"{ids.min()}..{ids.max()} is outside 0..{size - 1}"
             raise InputError(name, problem, "use this model's tokenizer")
+
+
+def _on_one_device(tree: PyTree) -> bool:
+    """False where any of it is being traced, too: it cannot be told then."""
+    leaves = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
+    if any(isinstance(x, jax.core.Tracer) for x in leaves):
+        return False
+    return len(frozenset().union(*(x.sharding.device_set for x in leaves))) <= 1
 
 
 def _is_here(x: Array) -> bool:

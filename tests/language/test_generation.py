@@ -193,6 +193,40 @@ def test_the_loop_ends_when_all_rows_have(model, monkeypatch):
     jax.clear_caches()
 
 
+@pytest.mark.parametrize("prefix", [None, PREFIX])
+def test_rows_that_have_stopped_leave_the_batch(model, prefix, monkeypatch):
+    """Every row as if it had been decoded to the end beside all others; and the sizes of the batches."""
+    decoder, variables = model
+    at, sizes = np.arange(40) % 4, []
+    asked = (PROMPTS[at], MASK[at], jax.random.split(jax.random.key(5), 40))
+    settings = dict(max_new=24, stop=tuple(range(40)), prefix=prefix)  # a draw in seven or so stops a row
+    monkeypatch.setattr(generation, "_FEWEST", 99)
+    whole = generate(decoder, variables, *asked, **settings)
+    monkeypatch.setattr(generation, "_FEWEST", 4)
+    jax.clear_caches()
+    real = generation._sample
+
+    def counted(logits, *args):
+        jax.debug.callback(lambda: sizes.append(len(logits)))
+        return real(logits, *args)
+
+    monkeypatch.setattr(generation, "_sample", counted)
+    halved = generate(decoder, variables, *asked, **settings)
+    jax.effects_barrier()
+    jax.clear_caches()
+    np.testing.assert_array_equal(halved.tokens, whole.tokens)
+    np.testing.assert_array_equal(halved.mask, whole.mask)
+    np.testing.assert_allclose(halved.log_probs, whole.log_probs, atol=1e-5)
+    # A batch is halved when the rows that go on fit into the half, and not before.
+    going = np.asarray(whole.mask).sum(0)  # rows that draw column t
+    wanted, size = [], 40
+    for count in going[going > 0]:
+        while size // 2 >= 4 and count <= size // 2:
+            size //= 2
+        wanted.append(size)
+    assert sizes == wanted and {40, 20, 10} <= set(sizes)
+
+
 # ---- randomness
 
 
