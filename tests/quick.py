@@ -45,8 +45,8 @@ def begin() -> None:
         compiler.get_compile_options = options
 
 
-def end() -> None:
-    """Compile as users compile."""
-    jax.config.update("jax_disable_most_optimizations", False)
+def end(optimize: bool = True) -> None:
+    """Compile as users compile; without `optimize`, by their emitters alone, whose rounding is less."""
+    jax.config.update("jax_disable_most_optimizations", not optimize)
     if users:
         compiler.get_compile_options = users

@@ -30,7 +30,7 @@ SIZES = {
     "test": dict(
         fanout=dict(contents=2_000, queries=150),
         k=3,
-        language=dict(lora_layers=2, max_new=40, batch=8),
+        language=dict(lora_layers=2, max_new=40, batch=4),
         warm=dict(queries=8, batch=4, fit=fit_options(4, 2e-3, **WARM)),
         rl=dict(count=2, group=2, fit=fit_options(2, 3e-4, **RL)),
         synthesis=dict(queries=8, shard=8),
@@ -43,7 +43,7 @@ SIZES = {
             steps=4,
             few=("heun 2", "exponential 4"),
             spare=1,
-            latency=(8,),
+            latency=(4,),
             repeats=2,
         ),
     ),

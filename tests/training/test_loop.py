@@ -106,7 +106,7 @@ def agree(one, two):
     assert difference(*(jax.tree.map(np.multiply, large, s.params) for s, _ in (one, two))) < 1e-5
 
 
-@pytest.mark.usefixtures("optimized")
+@pytest.mark.usefixtures("fused")
 @pytest.mark.parametrize("shape", [(2, 2, 2), (8, 1, 1), (1, 4, 2)])
 def test_the_mesh_changes_nothing(six_steps, shape):
     state, _ = found = six_steps(shape)
@@ -115,7 +115,7 @@ def test_the_mesh_changes_nothing(six_steps, shape):
         assert not state.params["block_0"]["mlp_in"]["kernel"].sharding.is_fully_replicated
 
 
-@pytest.mark.usefixtures("optimized")
+@pytest.mark.usefixtures("fused")
 @pytest.mark.parametrize("shape", [None, (2, 2, 2)])
 def test_microbatches_change_nothing(six_steps, shape):
     agree(six_steps(), six_steps(shape, parts=4))
