@@ -35,7 +35,7 @@ def optimized():
 
 @pytest.fixture
 def fused():
-    """Compiled by the emitters of users, which bounds of 1e-5 on parameters need, in two thirds of the time."""
+    """Compiled by the emitters of users alone: enough for bounds of 1e-5 on parameters."""
     quick.end(optimize=False)
     yield
     quick.begin()

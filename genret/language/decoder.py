@@ -8,6 +8,7 @@ LoRA (Hu et al. 2021, arXiv 2106.09685). Names of modules and sizes are those of
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -200,6 +201,12 @@ class Block(nn.Module):
         return x + project(h, width, "down_proj"), (k, v)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _apply_layer(layer: Block, remat: bool, variables: PyTree, *given: Any) -> Any:
+    """Layers of the same shapes are traced and lowered once, and not thirty times."""
+    return (jax.checkpoint(layer.apply) if remat else layer.apply)(variables, *given)
+
+
 class Decoder(nn.Module):
     """tokens i32[B, L], mask bool[B, L] -> logits f32[B, L, V] of the next token.
 
@@ -226,9 +233,8 @@ class Decoder(nn.Module):
             raise InputError("lora", found, "use a rank of 0 or more and at most as many layers as there are")
         self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size, embedding_init=_normal)
         plain = c.num_hidden_layers - (self.lora_layers or c.num_hidden_layers)
-        block = nn.remat(Block) if self.remat else Block
         self.layers = [
-            block(c, self.lora_rank if i >= plain else 0, self.lora_alpha, self.dtype)
+            Block(c, self.lora_rank if i >= plain else 0, self.lora_alpha, self.dtype)
             for i in range(c.num_hidden_layers)
         ]
         self.norm = RMSNorm(c.rms_norm_eps)
@@ -263,7 +269,12 @@ class Decoder(nn.Module):
         keys, values = [], []
         for i, layer in enumerate(self.layers):
             past = None if cache is None else (cache.keys[i], cache.values[i], cache.filled)
-            x, (k, v) = layer(x, rotation, allowed, past)
+            given = (x, rotation, allowed, past)
+            if self.is_initializing():
+                x, (k, v) = layer(*given)
+            else:
+                alone = layer.clone(parent=None, name=None)
+                x, (k, v) = _apply_layer(alone, self.remat, layer.variables, *given)
             keys.append(k)
             values.append(v)
         x = self.norm(x)
