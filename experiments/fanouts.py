@@ -226,7 +226,8 @@ def over_runs(draws: Sequence[np.ndarray]) -> dict[str, float]:
         if len(drawn) > 1:
             runs.append(metrics.vendi_of_runs(drawn).share)
             rows.append(metrics.vendi_of_subqueries(drawn).share)
-    return {"vendi_runs": float(np.mean(runs or [0.0])), "vendi_rows": float(np.mean(rows or [0.0]))}
+    found = {"vendi_runs": np.mean(runs or [0.0]), "vendi_rows": np.mean(rows or [0.0])}
+    return {name: round(float(value), 7) for name, value in found.items()}  # the rest is rounding
 
 
 def asked_rows(run: FanoutRun) -> np.ndarray:
