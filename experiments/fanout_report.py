@@ -150,7 +150,8 @@ def _colour(method: str) -> str:
 
 
 def write(workdir: Path, r: FanoutResults) -> Path:
-    """The figure beside the rows."""
+    """The figure beside the rows; the folder is made where there is none."""
+    workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "fanout.png"
     plot(r).savefig(path, dpi=130)
     return path
