@@ -111,18 +111,15 @@ def test_four_processes_train_each_stage_of_r4t_as_one(tmp_path):
     ]  # fmt: skip
     one, four, again = (tmp_path / name for name in ("one", "four", "again"))
 
-    def both(run, processes):
-        asked = f"--methods={R4T_METHODS}"
-        where = dict(count=processes, devices=4 // processes, patience=3000)
-        together(["-m", "experiments.run", *config, f"--workdir={run}"], **where)
-        if run != four:
-            together(["-m", "experiments.evaluate", *config, asked, f"--workdir={run}"], **where)
-
     for run, processes in ((one, 1), (four, 4), (again, 4)):
         write_warm_pairs(run)
+        where = dict(count=processes, devices=4 // processes, patience=3000)
         if run == again:
             shutil.copytree(one / "seed_0" / "warm", run / "seed_0" / "warm")
-        both(run, processes)
+        together(["-m", "experiments.run", *config, f"--workdir={run}"], **where)
+        if run != four:
+            asked = [f"--methods={R4T_METHODS}", f"--workdir={run}"]
+            together(["-m", "experiments.evaluate", *config, *asked], **where)
     warm = [states(run / "seed_0" / "warm") for run in (one, four)]
     grown = {step: difference(*(found[step]["params"] for found in warm)) for step in warm[0]}
     print("warm start, by step", grown)

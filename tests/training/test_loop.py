@@ -25,7 +25,7 @@ from genret.training.loop import (
     draw_for,
     fit,
     flops_per_step,
-)  # fmt: skip
+)
 from genret.training.mesh import make_mesh, shardings, with_rows
 from genret.training.stage import Stage
 from genret.types import Batch, Condition, InputError, Terms
