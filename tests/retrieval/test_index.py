@@ -172,7 +172,12 @@ def test_inputs_are_checked_before_the_search():
 
 @pytest.mark.parametrize(
     ("n", "options"),
-    [(2000, {}), (20_000, {}), (20_000, {"num_leaves": 141}), (20_000, {"num_leaves": 141, "soar": True})],
+    [
+        (2000, {}),
+        (20_000, {"reorder": 7500}),
+        (20_000, {"num_leaves": 141}),
+        (20_000, {"num_leaves": 141, "soar": True}),
+    ],
     ids=["brute force", "hashing", "tree", "tree, SOAR"],
 )
 @pytest.mark.parametrize("k", [28, 50])
@@ -185,6 +190,7 @@ def test_scann_defaults_find_all_but_a_thousandth(n, options, k):
     index = scann_index(embeddings, k=k, **options)
     ids, scores = index.search(queries, k)
     assert ids.dtype == np.int32 and index.num_items == n
+    assert bool(index.reorder) == bool(options)  # below TREE nothing is hashed untold
     # Its scores are the exact inner products of the ids it returns, best first.
     np.testing.assert_allclose(scores, np.einsum("qd,qkd->qk", queries, embeddings[ids]), atol=1e-6)
     assert (np.diff(scores, axis=1) <= 0).all()
