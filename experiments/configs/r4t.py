@@ -30,8 +30,8 @@ SIZES = {
     "test": dict(
         fanout=dict(contents=2_000, queries=150),
         k=3,
-        language=dict(lora_layers=2, max_new=40, batch=4),
-        warm=dict(queries=8, batch=4, fit=fit_options(4, 2e-3, **WARM)),
+        language=dict(lora_layers=2, max_new=24, batch=4),
+        warm=dict(queries=8, batch=4, fit=fit_options(8, 2e-3, **WARM)),
         rl=dict(count=2, group=2, fit=fit_options(2, 3e-4, **RL)),
         synthesis=dict(queries=8, shard=8),
         diffusion=dict(size="test", dims=8, batch=16, fit=fit_options(8, 1e-3)),
