@@ -31,21 +31,22 @@ def launch(
     *,
     config: bool = True,
     workdir: bool | None = True,
-    multihost: bool = True,
+    alone: bool = False,
     **options: tuple[Any, str],
 ) -> None:
     """Run main(config, workdir), or main(workdir) for a command that reads no config, under absl.
 
-    workdir: whether it must be given, where it is None otherwise; None: the command has none. multihost:
-    whether it can be one of several processes, of which process 0 writes and speaks. options: more flags of
-    the command, each a (default, help), given to main by name. An InputError, a full disk and a lost process
-    end with one line and exit status 1; a command that can be several ends so at SIGTERM, with status 0.
+    workdir: whether it must be given, where it is None otherwise; None: the command has none. alone: under
+    --multihost process 0 does it by itself; else all do it together, and process 0 writes and speaks.
+    options: more flags of the command, each a (default, help), given to main by name. An InputError, a full
+    disk and a lost process end with one line and exit status 1; what is done together ends so at SIGTERM,
+    with status 0.
     """
     configs = config and config_flags.DEFINE_config_file(
         "config", None, "A file of experiments/configs.", lock_config=True
     )
     folder = workdir is not None and flags.DEFINE_string("workdir", None, "The folder of the run.")
-    together = _multihost_flags() if multihost else None
+    place = _multihost_flags()
     more = {n: DEFINE[type(default)](n, default, said) for n, (default, said) in options.items()}
 
     def run(argv: list[str]) -> None:
@@ -60,12 +61,12 @@ def launch(
             tell_overrides(configs.value, config_flags.get_override_values(flags.FLAGS["config"]))
         if workdir is not None:
             given.append(None if folder.value is None else Path(folder.value))
-        if together:  # those that go on where they were
+        if not alone:  # those that go on where they were
             preemption.listen()
         sys.unraisablehook = _unless_abandoned(sys.__unraisablehook__)
         threading.excepthook = _unless_abandoned(threading.__excepthook__)
         try:
-            with _joined(*(flag.value for flag in together)) if together else contextlib.nullcontext():
+            with (_by_one if alone else _joined)(*(flag.value for flag in place)):
                 main(*given, **{n: flag.value for n, flag in more.items()})
         except preemption.Preempted as stop:
             preemption.forget()
@@ -122,13 +123,26 @@ def _is_full(error: BaseException | None) -> bool:
     return isinstance(error, OSError) and error.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def _of_several(multihost: bool, *place: Any) -> bool:
+    for name, value in zip(("coordinator", "process_id", "num_processes"), place, strict=True):
+        if value is not None and not multihost:
+            raise InputError(f"--{name}", "is given for one process alone", "give --multihost too")
+    return multihost
+
+
+@contextlib.contextmanager
+def _by_one(multihost: bool, *place: Any) -> Iterator[None]:
+    """Process 0 of several goes on; the others end here, with status 0."""
+    if _of_several(multihost, *place) and not processes.alone(*place):
+        print("process 0 does this by itself", flush=True)
+        raise SystemExit(0)
+    yield
+
+
 @contextlib.contextmanager
 def _joined(multihost: bool, *place: Any) -> Iterator[None]:
     """Between joining the other processes and leaving them all together."""
-    if not multihost:
-        for name, value in zip(("coordinator", "process_id", "num_processes"), place, strict=True):
-            if value is not None:
-                raise InputError(f"--{name}", "is given for one process alone", "give --multihost too")
+    if not _of_several(multihost, *place):
         yield
         return
     print(processes.start(*place), flush=True)

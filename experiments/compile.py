@@ -167,7 +167,7 @@ if __name__ == "__main__":
     launch(
         main,
         workdir=None,
-        multihost=False,
+        alone=True,
         topology=("cpu:8", "v5e:16x16, h100:32 or cpu:8."),
         only=("", "Stages whose name holds this pattern."),
         output=("", "Write the table into this JSON file."),

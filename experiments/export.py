@@ -322,7 +322,7 @@ def readable_size(folder: Path) -> str:
 if __name__ == "__main__":
     launch(
         main,
-        multihost=False,
+        alone=True,
         seed=(0, "The seed to export."),
         output=("", "The folder to write."),
         split=("pattern_holdout", "Whose settings to export: pattern_holdout or item_holdout."),

@@ -49,7 +49,7 @@ if __name__ == "__main__":
         main,
         config=False,
         workdir=False,
-        multihost=False,
+        alone=True,
         save=("", "Pack what the report reads into this file."),
         results=("", "Read this packed file, and no run."),
     )

@@ -49,4 +49,4 @@ def main(config: ConfigDict, workdir: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, workdir=False, multihost=False)
+    launch(main, workdir=False, alone=True)

@@ -114,7 +114,7 @@ if __name__ == "__main__":
         main,
         config=False,
         workdir=None,
-        multihost=False,
+        alone=True,
         output=("", "Write the rows into this JSON file."),
         only=("", "Lines whose name holds this pattern."),
         size=("demo", "test, demo or B."),

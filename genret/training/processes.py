@@ -43,6 +43,24 @@ def start(coordinator: str | None = None, process_id: int | None = None, count: 
     coordinator: HOST:PORT of process 0. Without all three JAX asks the cluster (SLURM, TPU pods, GKE).
     Raises InputError where only some are given, or there is no cluster to ask.
     """
+    _join(coordinator, process_id, count)
+    return f"process {jax.process_index()} of {jax.process_count()}, {jax.device_count()} devices"
+
+
+def alone(*place: Any) -> bool:
+    """Whether this is process 0, which goes on as if there were no others: for what one process does.
+
+    place: as given to `start`, and the same errors. All must call it; no device is touched.
+    """
+    from jax._src import distributed
+
+    _join(*place)
+    index = distributed.global_state.process_id
+    jax.distributed.shutdown()  # waits for all
+    return index == 0
+
+
+def _join(coordinator: str | None, process_id: int | None, count: int | None) -> None:
     given = {"--coordinator": coordinator, "--process_id": process_id, "--num_processes": count}
     missing = [name for name, value in given.items() if value is None]
     if 0 < len(missing) < len(given):
@@ -59,7 +77,6 @@ def start(coordinator: str | None = None, process_id: int | None = None, count: 
     except ValueError as error:  # what jax says where it finds no cluster
         fix = "give --coordinator, --process_id and --num_processes"
         raise InputError("--multihost", f"JAX found no cluster to ask ({error})", fix) from None
-    return f"process {jax.process_index()} of {jax.process_count()}, {jax.device_count()} devices"
 
 
 def several() -> bool:

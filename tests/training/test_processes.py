@@ -80,6 +80,15 @@ def test_flags_that_do_not_belong_together_are_refused():
     assert not (ROOT / "nowhere").exists()
 
 
+def test_what_one_process_does_is_done_by_the_first_as_if_it_were_alone(tmp_path):
+    asked = ["--size=test", "--only=^search exact", "--repeats=3", f"--output={tmp_path / 'bench.json'}"]
+    first, second = together(["-m", "experiments.benchmark", *asked])
+    assert "process 0 does this by itself\n" in second and "search exact" not in second
+    assert "search exact" in first
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [row["line"] for row in rows] == ["matmul", "search exact"]
+
+
 FIT = """
 import numpy as np
 from genret.training.loop import FitOptions, fit
