@@ -26,7 +26,7 @@ from experiments.catalogues import open_catalogue
 from experiments.command import launch
 from experiments.methods import as_trained
 from experiments.modit import Run, open_run
-from experiments.workdir import alone, append_rows, read_rows, same_run, write_text
+from experiments.workdir import alone, append_rows, read_json, read_rows, same_run, write_text
 from genret.modit.protocol import SPLITS, Contexts, evaluate
 from genret.modit.validation import predictor_report
 from genret.retrieval.index import build_index
@@ -41,7 +41,7 @@ def evaluate_run(run: Run, results: Path, methods: str = "") -> None:
     expression in "table: name". Raises InputError for one that cannot be read."""
     finished = run.folder / "evaluated.json"  # lets a finished seed be passed over unopened
     done, tables = _methods(results, run.seed), sorted(run.config.ablations)
-    if not methods and finished.exists() and json.loads(finished.read_text()) == [tables, done]:
+    if not methods and finished.exists() and read_json(finished) == [tables, done]:
         return
     wanted = _pattern(methods)
     asked = [m for m in run.methods() if m.name not in done and wanted.search(f"{m.table}: {m.name}")]
@@ -171,6 +171,7 @@ def _evaluate(
     if "fanout" in config:
         wanted = _pattern(methods)
         for run in r4t.open_runs(config, workdir):
+            _is_trained(run)
             fanouts.evaluate_run(run, workdir / "results.jsonl", lambda name: bool(wanted.search(name)))
             fanouts.time_run(run, workdir / "latency.jsonl")
         return
@@ -182,7 +183,15 @@ def _evaluate(
         sweep(list(runs), folders, workdir / "checkpoints.jsonl", follow)
         return
     for run in runs:
+        _is_trained(run)
         evaluate_run(run, workdir / "results.jsonl", methods)
+
+
+def _is_trained(run: Run | r4t.FanoutRun) -> None:
+    """What is not would be fitted here, beside the run that is at it."""
+    if not (run.folder / "trained").exists():
+        problem = f"seed {run.seed} of {run.folder.parent} is not trained to its end"
+        raise InputError("--workdir", problem, "start experiments.run with the same flags first")
 
 
 if __name__ == "__main__":

@@ -116,6 +116,9 @@ def test_following_waits_for_checkpoints_until_the_run_is_trained(run, tmp_path)
 def test_a_folder_that_is_not_there_is_said(run, tmp_path):
     with pytest.raises(InputError, match="seed 0 has no folder 'stf'. use some of .*pretrain"):
         evaluate.sweep([run], ["stf"], tmp_path / "checkpoints.jsonl")
+    (tmp_path / "seed_0").mkdir()
+    with pytest.raises(InputError, match="--workdir: seed 0 of .* is not trained to its end"):
+        evaluate.main(run.config, tmp_path, "", "", False, 5.0)
     with pytest.raises(InputError, match="--follow"):
         evaluate.main(run.config, tmp_path, "", "", True, 5.0)
     with pytest.raises(InputError, match="no regular expression"):

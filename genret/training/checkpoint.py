@@ -54,7 +54,8 @@ class Checkpoints:
         """The newest state that can be read, placed as the shardings of `abstract` say, whatever mesh wrote
         it; None where nothing is saved. What is newer and damaged is moved out of `folder`, beside it.
 
-        Raises InputError when the checkpoint is of another model, or none can be read.
+        Raises InputError when the checkpoint is of another model, or none can be read; also where several
+        processes meet damage, or the machine is at fault and not the file: then nothing is moved.
         """
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -63,6 +64,7 @@ class Checkpoints:
             except InputError:
                 raise
             except Exception as error:  # whatever a reader meets in a file cut short
+                _only_damage(error, self.folder / str(step))
                 damaged[step] = _line(error)
             else:
                 break
@@ -96,6 +98,20 @@ class Checkpoints:
         with _disk(self.folder):
             self._manager.wait_until_finished()
             self._manager.close()
+
+
+# What a machine says that cannot read just now; a file cut short says something else.
+_PASSING = [os.strerror(e) for e in (errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.EIO)]
+
+
+def _only_damage(error: Exception, path: Path) -> None:
+    """Raises InputError unless one process has met a damaged file, from which it can go back by itself."""
+    if any(said.lower() in str(error).lower() for said in (*_PASSING, "RESOURCE_EXHAUSTED")):
+        fix = "nothing is moved: start again when the machine can"
+        raise InputError("checkpoint", f"{path} could not be read now ({_line(error)})", fix) from error
+    if processes.several():  # another may have read it, and waits for this one there
+        fix = "start one process alone, which goes back to the step before, or move the folder away"
+        raise InputError("checkpoint", f"{path} cannot be read ({_line(error)})", fix) from error
 
 
 @dataclasses.dataclass(frozen=True)

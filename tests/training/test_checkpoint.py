@@ -7,6 +7,7 @@ import time
 import jax
 import pytest
 
+from genret.training import checkpoint
 from genret.types import InputError
 
 
@@ -52,6 +53,28 @@ def test_where_none_can_be_read_all_stay_where_they_are(toy, undisturbed, tmp_pa
         toy.fit(tmp_path / "foreign", card={"width": 9})
     assert contents(tmp_path / "run") == before
     assert contents(tmp_path / "foreign") == contents(undisturbed[1])
+
+
+@pytest.mark.parametrize("said", ["RESOURCE_EXHAUSTED: Out of memory", "Too many open files: data/0"])
+def test_where_the_machine_cannot_read_just_now_nothing_is_moved(
+    toy, undisturbed, tmp_path, monkeypatch, said
+):
+    def fails(*_):
+        raise ValueError(said)
+
+    shutil.copytree(undisturbed[1], tmp_path / "run")
+    monkeypatch.setattr(checkpoint.Checkpoints, "_restore", fails)
+    with pytest.raises(InputError, match=f"8 could not be read now .{said}.*nothing is moved"):
+        toy.fit(tmp_path / "run")
+    assert contents(tmp_path / "run") == contents(undisturbed[1])
+
+
+def test_one_process_of_several_does_not_go_back_by_itself(tmp_path, monkeypatch):
+    """The others may have read the step that it cannot, and would wait for it there."""
+    checkpoint._only_damage(ValueError("cut short"), tmp_path / "8")
+    monkeypatch.setattr(checkpoint.processes, "several", lambda: True)
+    with pytest.raises(InputError, match="8 cannot be read .cut short.. start one process alone"):
+        checkpoint._only_damage(ValueError("cut short"), tmp_path / "8")
 
 
 @pytest.fixture
