@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
+from experiments.workdir import building
 from genret.catalogue import kaggle, moses
 from genret.catalogue.format import Catalogue, load
 from genret.training import processes
 from genret.training.log import Progress
-from genret.types import InputError
+from genret.types import InputError, reading
 
 BUILT = ("moses", "fashion", "streaming")
 
@@ -46,17 +47,21 @@ def _open(config: ConfigDict) -> Catalogue:
     if data not in BUILT:
         return load(path, cells=config.cells or None, seed=config.seed)
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if data == "moses":
-            moses.build(
-                path, items=config.num_items or "all", pattern=config.pattern, seed=config.seed,
-                cells=config.cells or None, progress=_reporter("molecules"),
-            )  # fmt: skip
-        else:
-            _build_kaggle(config, path)
+        with building(path):
+            if not path.exists():
+                _build(config, path)
     # Molecules bring their patterns; the Kaggle tables get cells here.
     cells = None if data == "moses" else config.cells or None
     return load(path, cells=cells, seed=config.seed)
+
+
+def _build(config: ConfigDict, path: Path) -> None:
+    if config.data != "moses":
+        return _build_kaggle(config, path)
+    moses.build(
+        path, items=config.num_items or "all", pattern=config.pattern, seed=config.seed,
+        cells=config.cells or None, progress=_reporter("molecules"),
+    )  # fmt: skip
 
 
 def _build_kaggle(config: ConfigDict, path: Path) -> None:
@@ -66,7 +71,8 @@ def _build_kaggle(config: ConfigDict, path: Path) -> None:
         )
     from genret.language.encoder import load_encoder
 
-    ready = np.load(config.embeddings, allow_pickle=False) if config.embeddings else None
+    with reading(config.embeddings, "give a whole .npy matrix"):
+        ready = np.load(config.embeddings, allow_pickle=False) if config.embeddings else None
     encode = functools.partial(load_encoder().encode, progress=_reporter("texts encoded"))
     build = {"fashion": kaggle.fashion, "streaming": kaggle.streaming}[config.data]
     build(config.raw, path, encode=encode, embeddings=ready)

@@ -26,6 +26,7 @@ from genret.training import processes
 from genret.types import InputError
 
 REWRITE = "evaluate again in a new --workdir"
+NO_LOCKS = (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
 
 # Leaves of a config's sections that a later command of the same run may give otherwise.
 FREE = {"catalogue": ("folder",), "fanout": ("folder",)}
@@ -51,7 +52,7 @@ def alone(workdir: Path, command: str) -> Iterator[None]:
                 file.seek(0)
                 other = file.read().strip() or "one that has just begun"
             except OSError as error:
-                if error.errno not in (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL):
+                if error.errno not in NO_LOCKS:
                     raise
         if other := processes.agreed(f"{command} lock", other):
             problem = f"{workdir} is in the hands of another {command}, {other}"
@@ -59,13 +60,32 @@ def alone(workdir: Path, command: str) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def building(path: Path) -> Iterator[None]:
+    """Holds the making of `path`, which runs of a sweep share: the others wait, and find it made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f".{path.name}.lock"), "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{path.name}: another command is making it, and this one waits", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        yield
+
+
 def write_text(path: Path, text: str) -> None:
     """The whole text or the old file: written beside `path`, by process 0, and moved into place."""
 
     def write() -> None:
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(text)
-        os.replace(temporary, path)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")  # run and evaluate may write at once
+        try:
+            temporary.write_text(text)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     processes.once(f"{path.parent.name}/{path.name}", write)
 

@@ -10,6 +10,10 @@ Embeddings are unit-norm float32 everywhere outside `genret.diffusion`.
 
 from __future__ import annotations
 
+import contextlib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,6 +33,18 @@ class InputError(ValueError):
     def __str__(self) -> str:
         # absl rebuilds an error of a config file from its message alone.
         return f"{self.field}: {self.problem}. {self.fix}" if self.problem else self.field
+
+
+@contextlib.contextmanager
+def reading(path: Path | str, fix: str = "delete it and start again: it is made anew") -> Iterator[None]:
+    """What a reader says of a file that is cut short or damaged, as one InputError that names the file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise InputError(str(path), f"is cut short or damaged ({said})", fix) from error
 
 
 @struct.dataclass

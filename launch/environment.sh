@@ -20,6 +20,10 @@ if [ -z "${DRY_RUN:-}" ]; then
     echo "genret needs Python 3.11 or newer; python3 here is $(python3 --version 2>&1)" >&2
     exit 1
   }
+  # Lines of a sweep that start together share .venv: one installs, the others wait.
+  mkdir -p .cache
+  exec 9> .cache/install.lock
+  if command -v flock > /dev/null; then flock 9; fi
   stamp=".venv/installed-$(IFS=-; echo "${extras[*]}")"
   wanted=$(cat setup.py "${PIP_CONSTRAINT:-/dev/null}")
   if [ ! -e "$stamp" ] || [ "$wanted" != "$(cat "$stamp")" ]; then
@@ -36,5 +40,6 @@ if [ -z "${DRY_RUN:-}" ]; then
     [ ${#data[@]} = 0 ] || "${pip[@]}" --no-deps "${data[@]}"
     printf '%s\n' "$wanted" > "$stamp"
   fi
+  exec 9>&-
   PATH="$PWD/.venv/bin:$PATH"
 fi

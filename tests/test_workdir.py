@@ -9,14 +9,17 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from experiments.command import one_line
-from experiments.workdir import alone, append_rows, read_rows, write_text
+from experiments.workdir import alone, append_rows, building, read_rows, write_text
 from genret.catalogue import format
-from genret.types import InputError
+from genret.types import InputError, reading
 
 ROOT = Path(__file__).resolve().parent.parent
 HOLD = """
@@ -53,6 +56,39 @@ def test_a_file_system_without_locks_lets_everybody_in(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", unsupported)
     with alone(tmp_path, "run"), alone(tmp_path, "run"):
         pass
+
+
+def test_who_makes_the_same_file_waits_for_the_other(tmp_path, capsys):
+    path, made = tmp_path / "data" / "x.parquet", []
+
+    def other():
+        with building(path):
+            made.append("second")
+
+    with building(path):
+        (thread := threading.Thread(target=other)).start()
+        while "another command is making it" not in capsys.readouterr().out:
+            time.sleep(0.01)
+        made.append("first")
+    thread.join(60)
+    assert made == ["first", "second"]
+
+
+def test_a_file_of_ours_that_is_cut_short_is_named(tmp_path):
+    read = {"npz": lambda p: dict(np.load(p)), "npy": np.load, "json": lambda p: json.loads(p.read_text())}
+    for kind, reader in read.items():
+        path = tmp_path / f"x.{kind}"
+        with open(path, "wb") as file:
+            if kind == "json":
+                file.write(json.dumps([1, 2, 3]).encode())
+            else:
+                (np.savez if kind == "npz" else np.save)(file, np.arange(100))
+        whole = path.read_bytes()
+        for size in (0, 1, len(whole) // 2, len(whole) - 1):
+            path.write_bytes(whole[:size])
+            with pytest.raises(InputError, match=f"^{path}: is cut short or damaged .*delete it"):
+                with reading(path):
+                    reader(path)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from genret.modit import trajectories as tr
 from genret.modit.stages import TrainingSet
 from genret.training import processes
 from genret.training.loop import FitOptions
+from genret.types import reading
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,10 @@ def _bought(arrays: dict[str, np.ndarray]) -> dn.Labels:
 
 def _read(folder: Path, options: dict) -> dict[str, np.ndarray] | None:
     card = folder / "card.json"
-    if not card.exists() or json.loads(card.read_text()) != json.loads(json.dumps(options)):
-        return None
-    return {p.stem: np.load(p, mmap_mode="r", allow_pickle=False) for p in folder.glob("*.npy")}
+    with reading(folder):
+        if not card.exists() or json.loads(card.read_text()) != json.loads(json.dumps(options)):
+            return None
+        return {p.stem: np.load(p, mmap_mode="r", allow_pickle=False) for p in folder.glob("*.npy")}
 
 
 def _write(folder: Path, arrays: dict[str, np.ndarray], options: dict) -> None:

@@ -39,7 +39,7 @@ from genret.training import processes
 from genret.training.log import matmul_flops
 from genret.training.mesh import with_rows
 from genret.training.stage import Stage
-from genret.types import Draw, InputError, PyTree, Terms
+from genret.types import Draw, InputError, PyTree, Terms, reading
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Refresh:
         """The arrays of a finished round; None where there is none, or it is of other options."""
         if not path.exists():
             return None
-        with np.load(path, allow_pickle=False) as arrays:
+        with reading(path), np.load(path, allow_pickle=False) as arrays:
             return dict(arrays) if str(arrays.get("card")) == self._card else None
 
     @property

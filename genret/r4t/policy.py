@@ -25,7 +25,7 @@ from genret.training import mesh as meshes
 from genret.training import processes
 from genret.training.log import memory_bandwidth
 from genret.training.stage import Stage
-from genret.types import Array, Draw, InputError, PyTree, Terms
+from genret.types import Array, Draw, InputError, PyTree, Terms, reading
 
 
 @struct.dataclass
@@ -228,7 +228,7 @@ class Rollouts:
         """A rollout that a killed run left; None where there is none, or it is of other options."""
         if not self._path(number).exists():
             return None
-        with np.load(self._path(number), allow_pickle=False) as file:
+        with reading(path := self._path(number)), np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
         if str(arrays.pop("card")) != self._card:
             return None

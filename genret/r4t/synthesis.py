@@ -40,7 +40,7 @@ from genret.r4t.rewards import Answer, Encode, in_context
 from genret.retrieval.index import Index
 from genret.training import processes
 from genret.training.log import Progress
-from genret.types import Array, InputError
+from genret.types import Array, InputError, reading
 
 Policy = Callable[[list[str], Array], Sequence[Answer]]
 """(queries, key) -> one answer each: sub-queries, or None for a malformed answer. A pure function."""
@@ -194,19 +194,22 @@ def load_sets(folder: Path | str, card: dict[str, Any] | None = None) -> Synthet
     if missing:
         problem = f"{missing} of {len(shards)} shards of {folder} are missing"
         raise InputError("sets", problem, "run the synthesis again; it goes on where it stopped")
-    small = {
-        n: np.concatenate([np.load(s / f"{n}.npy") for s in shards])
-        for n in ("present", "query", "reward", "items")
-    }
-    counts = [json.loads((s / "counts.json").read_text()) for s in shards]
+    with reading(folder):
+        small = {
+            n: np.concatenate([np.load(s / f"{n}.npy") for s in shards])
+            for n in ("present", "query", "reward", "items")
+        }
+        counts = [json.loads((s / "counts.json").read_text()) for s in shards]
     total = {name: sum(c[name] for c in counts) for name in counts[0]}
     if not len(small["query"]):
         problem = f"none of {total['asked']} fan-outs was well-formed"
         raise InputError("policy", problem, "look at its answers; warm it up first")
     # An empty array cannot be mapped.
-    targets = tuple(
-        np.load(s / "targets.npy", mmap_mode="r" if len(np.load(s / "query.npy")) else None) for s in shards
-    )
+    with reading(folder):
+        targets = tuple(
+            np.load(s / "targets.npy", mmap_mode="r" if len(np.load(s / "query.npy")) else None)
+            for s in shards
+        )
     return SyntheticSets(targets, **small, card=found, counts=total)
 
 
