@@ -133,9 +133,11 @@ def _of_several(multihost: bool, *place: Any) -> bool:
 @contextlib.contextmanager
 def _by_one(multihost: bool, *place: Any) -> Iterator[None]:
     """Process 0 of several goes on; the others end here, with status 0."""
-    if _of_several(multihost, *place) and not processes.alone(*place):
-        print("process 0 does this by itself", flush=True)
-        raise SystemExit(0)
+    if _of_several(multihost, *place):
+        goes_on, said = processes.alone(*place)
+        print(said, flush=True)
+        if not goes_on:
+            raise SystemExit(0)
     yield
 
 

@@ -18,6 +18,7 @@ from genret.catalogue.splits import Splits
 from genret.retrieval.index import Index, recall_by_score
 from genret.retrieval.metrics import Judgement, judge, macro
 from genret.retrieval.ranking import rank, rank_set
+from genret.training import processes
 from genret.types import InputError
 
 SPLITS = ("item_holdout", "pattern_holdout")
@@ -165,7 +166,10 @@ def choose(method: Method, searcher: Searcher, contexts: Contexts) -> dict[Cell,
         joint, purity = validation_scores(method, searcher, contexts, setting)
         for cell in cells:
             score[cell, setting] = (purity[cell] >= floor.get(cell, 0.0), joint[cell])
-    return {cell: max(method.grid, key=lambda s: score[cell, s]) for cell in cells}
+    best = [max(range(len(method.grid)), key=lambda i: score[cell, method.grid[i]]) for cell in cells]
+    # Every process has a ScaNN of its own, and rounding can flip a tie: all take what the first chose.
+    best = processes.agreed("chosen settings", best)
+    return {cell: method.grid[i] for cell, i in zip(cells, best, strict=True)}
 
 
 def validation_scores(

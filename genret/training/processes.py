@@ -18,8 +18,8 @@ import jax
 
 from genret.types import InputError
 
-# Seconds. Long, as process 0 may cluster or embed a catalogue; one that dies is missed in HEARTBEAT.
-PATIENCE = 7200.0
+# Seconds. A day, as process 0 may build a catalogue of millions; one that dies is missed in HEARTBEAT.
+PATIENCE = 86_400.0
 HEARTBEAT = 30
 # How collectives and jax's coordination service say that another process is gone.
 _GONE = re.compile(
@@ -47,17 +47,18 @@ def start(coordinator: str | None = None, process_id: int | None = None, count: 
     return f"process {jax.process_index()} of {jax.process_count()}, {jax.device_count()} devices"
 
 
-def alone(*place: Any) -> bool:
-    """Whether this is process 0, which goes on as if there were no others: for what one process does.
+def alone(*place: Any) -> tuple[bool, str]:
+    """(whether this is process 0, a line for people): for what one process does as if there were no others.
 
-    place: as given to `start`, and the same errors. All must call it; no device is touched.
+    place: as given to `start`, and the same errors. All must call it; no device is touched. (One host of a
+    TPU slice cannot use its chips without the others: there, give it JAX_PLATFORMS=cpu.)
     """
     from jax._src import distributed
 
     _join(*place)
-    index = distributed.global_state.process_id
+    index, count = distributed.global_state.process_id, distributed.global_state.num_processes
     jax.distributed.shutdown()  # waits for all
-    return index == 0
+    return index == 0, f"process {index} of {count}: process 0 does this by itself"
 
 
 def _join(coordinator: str | None, process_id: int | None, count: int | None) -> None:
@@ -105,13 +106,22 @@ def once(name: str, write: Callable[[], Any]) -> None:
 
 
 def first(name: str, make: Callable[[], T]) -> T:
-    """make() by process 0, and then by the others, who find in the cache what it left there."""
+    """make() by process 0, and then by the others, who find in the cache what it left there; where process 0
+    fails they raise InputError."""
     if not several():
         return make()
-    try:
-        made = make() if is_writer() else None
-    finally:  # an error in the input is met by all
-        barrier(name)
+    made, failed = None, None
+    if is_writer():
+        try:
+            made = make()
+        except BaseException as error:
+            failed = error
+    done = agreed(name, failed is None)
+    barrier(name)
+    if failed is not None:
+        raise failed
+    if not done:
+        raise InputError(name, "process 0 could not make it", "its own line says why")
     return made if is_writer() else make()
 
 

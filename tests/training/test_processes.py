@@ -34,6 +34,10 @@ processes.once("file", lambda: time.sleep(.3) or path.write_text(str(index)))
 assert path.read_text() == "0"
 assert processes.agreed("list", [index, "x"]) == [0, "x"]
 (workdir / f"first_{index}").write_text(processes.first("cache", lambda: str(path.exists()) + str(index)))
+try:
+    processes.first("nothing", lambda: [][0])
+except Exception as error:
+    (workdir / f"error_{index}").write_text(repr(error))
 rows = jax.make_array_from_callback(
     (2, 3), NamedSharding(make_mesh(), P("data")), lambda at: jnp.full((1, 3), 1.0 + index)
 )
@@ -47,6 +51,8 @@ print("a line for people")
     ]
     assert lines == [["process 0 of 2, 2 devices", "a line for people"], ["process 1 of 2, 2 devices"]]
     assert [(tmp_path / f"first_{i}").read_text() for i in (0, 1)] == ["True0", "True1"]
+    errors = [(tmp_path / f"error_{i}").read_text() for i in (0, 1)]
+    assert errors[0].startswith("IndexError") and "process 0 could not make it" in errors[1]
 
 
 def test_a_barrier_that_is_not_reached_in_time_names_itself(tmp_path):
@@ -83,8 +89,10 @@ def test_flags_that_do_not_belong_together_are_refused():
 def test_what_one_process_does_is_done_by_the_first_as_if_it_were_alone(tmp_path):
     asked = ["--size=test", "--only=^search exact", "--repeats=3", f"--output={tmp_path / 'bench.json'}"]
     first, second = together(["-m", "experiments.benchmark", *asked])
-    assert "process 0 does this by itself\n" in second and "search exact" not in second
-    assert "search exact" in first
+    assert [out.splitlines()[0] for out in (first, second)] == [
+        f"process {i} of 2: process 0 does this by itself" for i in (0, 1)
+    ]
+    assert "search exact" in first and len(second.splitlines()) == 1
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert [row["line"] for row in rows] == ["matmul", "search exact"]
 
