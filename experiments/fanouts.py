@@ -218,7 +218,7 @@ def score(run: FanoutRun, rows: np.ndarray, fanout: Fanout) -> dict[str, np.ndar
 def over_runs(draws: Sequence[np.ndarray]) -> dict[str, float]:
     """Vendi over draws f32[Q, k, D], both of the paper's protocols (papers' B.8), means over queries: `runs`
     of the mean row of each draw, `rows` of all rows of all draws, each over the most it can be. A query is
-    left out where fewer than two draws have a row."""
+    left out where fewer than two draws have a row; where all are, nothing is said."""
     runs, rows = [], []
     for of_query in zip(*draws, strict=True):
         drawn = [own[(own != 0).any(-1)] for own in of_query]
@@ -226,7 +226,7 @@ def over_runs(draws: Sequence[np.ndarray]) -> dict[str, float]:
         if len(drawn) > 1:
             runs.append(metrics.vendi_of_runs(drawn).share)
             rows.append(metrics.vendi_of_subqueries(drawn).share)
-    found = {"vendi_runs": np.mean(runs or [0.0]), "vendi_rows": np.mean(rows or [0.0])}
+    found = {"vendi_runs": np.mean(runs), "vendi_rows": np.mean(rows)} if runs else {}
     return {name: round(float(value), 7) for name, value in found.items()}  # the rest is rounding
 
 
@@ -315,7 +315,7 @@ def _seconds(run: FanoutRun, method: FanoutMethod, rows: np.ndarray) -> dict[str
         encoded = time.monotonic()
         made = method.run(rows, n)
         drawn = time.monotonic()
-        run.index.search(made.vectors.reshape(-1, made.vectors.shape[-1]), 1)
+        run.index.search(made.vectors.reshape(-1, made.vectors.shape[-1]), max(1, _depth(run)))
         ended = time.monotonic()
         encode.append(encoded - began if method.embedded else 0.0)
         alone.append(ended - encoded)

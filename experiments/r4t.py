@@ -39,7 +39,7 @@ from genret.training.checkpoint import restore_params
 from genret.training.loop import FitOptions, TrainState, fit
 from genret.training.mesh import make_mesh, whole
 from genret.training.stage import Stage
-from genret.types import Array, InputError, PyTree
+from genret.types import Array, InputError, PyTree, reading
 
 REWARDS = {  # the collapse study: components rewarded, the others only logged
     "folm_grounded": ("groundedness",),
@@ -218,7 +218,8 @@ class FanoutRun:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, json.dumps(teachers[self.config.warm.teacher]()))
-        kept = [(query, queries) for query, queries in json.loads(path.read_text())]
+        with reading(path):
+            kept = [(query, queries) for query, queries in json.loads(path.read_text())]
         limit = self.config.language.max_new
         fits = [p for p in kept if len(self.policy.encode(self.policy.prompt.answer(p[1]))) <= limit]
         if not fits:
@@ -250,7 +251,7 @@ class FanoutRun:
 
     def train_policy(self) -> None:
         """The warm start, then Soft-GRPO from it, then the rewards of the collapse study."""
-        warm = self._fit("warm", self.warm_stage(), self.start).params
+        warm = self._fit("warm", self.warm_stage(), self.start).ema  # the one that is evaluated
         for folder in self.tuned:
             self._fit(folder, self.policy_stage(folder, warm), warm)
 

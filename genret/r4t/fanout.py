@@ -55,7 +55,7 @@ class SetRetriever:
     params: PyTree
     space: Space
     rows: int = K
-    block: int = 256
+    block: int = 1024
 
     def sets(
         self, queries: np.ndarray, k: int | None = None, *, method: Method = "euler_maruyama",

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from genret.retrieval.index import Index
 from genret.types import Array, InputError
 
 
@@ -81,29 +80,14 @@ def vendi_of_subqueries(runs: Sequence[np.ndarray]) -> Vendi:
 def coherence(rows: np.ndarray) -> np.ndarray:
     """Mean cosine over pairs, 2 / (m (m - 1)) Σ_{i<j} x_i · x_j, of sets f32[..., k, D] -> f64[...].
 
-    Rows of zeros are padding; a set of one row is perfectly coherent (1). Intra-list distance, ILD, is
-    1 - coherence. It and diversity oppose each other: report both.
+    Rows of zeros are padding; a set of one row is perfectly coherent (1), one of none not at all (0).
+    Intra-list distance, ILD, is 1 - coherence. It and diversity oppose each other: report both.
     """
     rows = np.asarray(rows, np.float64)
     count = (rows != 0).any(-1).sum(-1)
     # |Σ x|² holds each pair twice and every row with itself once.
     total = (rows.sum(-2) ** 2).sum(-1) - (rows**2).sum((-1, -2))
-    return np.where(count > 1, total / np.maximum(count * (count - 1), 1), 1.0)
-
-
-def output_groundedness(rows: np.ndarray, index: Index) -> np.ndarray:
-    """g_out = 1 - mean_i (1 - max_c cos(z_i, c)) of sets f32[Q, k, D] -> f32[Q].
-
-    What R4T's eq. 3 is for sub-queries, for the rows that any method returns, diffusion included; ours.
-    Costs Q k probes of `index`, whose corpus is unit-norm. Rows of zeros are padding. Raises InputError
-    for a set without a row.
-    """
-    rows = np.asarray(rows, np.float32)
-    real = (rows != 0).any(-1)  # [Q, k]
-    if not real.any(-1).all():
-        raise InputError("rows", f"set {int(real.any(-1).argmin())} is empty", "Leave it out.")
-    nearest = index.search(rows.reshape(-1, rows.shape[-1]), 1)[1].reshape(real.shape)
-    return np.float32((nearest * real).sum(-1) / real.sum(-1))
+    return np.where(count > 1, total / np.maximum(count * (count - 1), 1), np.float64(count == 1))
 
 
 def duplicate_rate(ids: np.ndarray) -> np.ndarray:

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genret.retrieval import sets
-from genret.retrieval.index import ExactIndex
 from genret.types import InputError
 
 
@@ -97,22 +96,9 @@ def test_coherence_is_the_mean_cosine_over_pairs():
     for i, count in enumerate((5, 3)):
         pairs = [rows[i, a] @ rows[i, b] for a, b in itertools.combinations(range(count), 2)]
         assert sets.coherence(rows)[i] == pytest.approx(np.mean(pairs), abs=1e-6)
-    assert sets.coherence(rows)[2] == 1
+    assert sets.coherence(rows)[2] == 1 and sets.coherence(0 * rows)[2] == 0
     assert sets.coherence(np.eye(4)) == pytest.approx(0)
     assert sets.coherence(np.tile(np.eye(4)[:1], (3, 1))) == pytest.approx(1)
-
-
-def test_output_groundedness_is_the_mean_cosine_to_the_nearest_content():
-    rng = np.random.default_rng(3)
-    contents = unit_rows(rng, 200, 16)
-    index = ExactIndex(contents)
-    assert sets.output_groundedness(contents[None, :7], index) == pytest.approx([1], abs=1e-6)
-    rows = unit_rows(rng, 3, 4, 16)
-    rows[1, 2:] = 0
-    expected = [(rows[0] @ contents.T).max(1).mean(), (rows[1, :2] @ contents.T).max(1).mean()]
-    np.testing.assert_allclose(sets.output_groundedness(rows, index)[:2], expected, rtol=1e-6)
-    with pytest.raises(InputError, match="set 1 is empty"):
-        sets.output_groundedness(rows * np.array([1, 0, 1])[:, None, None], index)
 
 
 def test_duplicate_rate_by_hand():
