@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from genret.training import processes
+from genret.types import reading
 
 # Dense bf16 peak, FLOP/s per chip, from the vendors' data sheets; MFU is printed where the chip is known.
 PEAK_FLOPS = {
@@ -45,8 +46,11 @@ def matmul_flops(size: int = 2048) -> float:
 
 @functools.cache
 def memory_bandwidth(size: int = 1 << 26) -> float:
-    """Bytes/s, read and written, of doubling f32[size] on the default device, the best of three."""
-    return 2 * 4 * size / _best_seconds(jax.jit(lambda a: a * 2), jnp.ones(size, jnp.float32))
+    """Bytes/s of the default device, the best of three: of doubling f32[size], read and written, or of adding
+    it up, read alone, whichever is more (a CPU waits for the pages of what is new)."""
+    ones = jnp.ones(size, jnp.float32)
+    doubled, added = (_best_seconds(jax.jit(run), ones) for run in (lambda a: a * 2, jnp.sum))
+    return 4 * size * max(2 / doubled, 1 / added)
 
 
 def _best_seconds(run: Callable[[jax.Array], jax.Array], x: jax.Array) -> float:
@@ -107,7 +111,8 @@ class MetricLog:
         self.path = folder / "metrics.jsonl"
         if self.path.exists():
             rows = self.path.read_text().splitlines(keepends=True)
-            kept = [r for r in rows if r.endswith("\n") and json.loads(r)["step"] <= start]
+            with reading(self.path, "delete its last lines"):
+                kept = [r for r in rows if r.endswith("\n") and json.loads(r)["step"] <= start]
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(kept))
             os.replace(temporary, self.path)
