@@ -69,9 +69,13 @@ class FanoutResults:
         """One number per seed, f64[seeds]."""
         return np.array([row[name] for row in self.of_method(method) if row.get(name) is not None])
 
+    def each(self, method: str, name: str) -> np.ndarray:
+        """The metric of each query in each seed: f64[seeds, Q]."""
+        return np.array([row["per_query"][name] for row in self.of_method(method)])
+
     def per_query(self, method: str, name: str) -> np.ndarray:
-        """The metric of each query, averaged over seeds: f64[Q]."""
-        return np.mean([row["per_query"][name] for row in self.of_method(method)], axis=0)
+        """The same, averaged over seeds: f64[Q]."""
+        return self.each(method, name).mean(0)
 
     def has(self, method: str | None, name: str) -> bool:
         """Whether every row of a method, and there is one, has the metric of each query."""

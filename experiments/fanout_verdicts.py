@@ -58,7 +58,7 @@ def timed(r: FanoutResults, method: str, batch: int) -> list[dict]:
 
 def verdicts(r: FanoutResults) -> str:
     """Ratios and differences that the paper reports, of those methods that were evaluated."""
-    found = [*_language(r), *_diffusion(r), *_speeds(r), *_chance(r)]
+    found = [*_language(r), *_diffusion(r), *_where_answered(r), *_speeds(r), *_chance(r)]
     head = (
         "ratios over queries, seeds averaged, with 95 % intervals; what is asked for, and whether it is met"
     )
@@ -89,6 +89,21 @@ def _diffusion(r: FanoutResults) -> list[str]:
         for name, least in asked.items()
     ]
     return list(filter(None, lines))
+
+
+def _where_answered(r: FanoutResults) -> list[str]:
+    """The same where both have an answer: a malformed one counts as zero, and no diffusion has any."""
+    pairs, lines = [(FOLM, "zero-shot LM", r.main)], []
+    pairs += [(DIFFUSION, FOLM, name) for name in ("groundedness", "diversity", "alignment")]
+    for one, other, name in pairs:
+        if not all(r.has(m, n) for m in (one, other) for n in (name, "groundedness")):
+            continue
+        both = np.all([r.each(m, "groundedness") > 0 for m in (one, other)], axis=0)
+        if both.any() and not both.all():
+            kept = r.each(one, name)[both].mean() / max(r.each(other, name)[both].mean(), 1e-9)
+            where = f"on the {both.mean():.0%} of queries that both answered"
+            lines.append(f"  {kept:5.2f}  {name} of {one} over {other} {where}")
+    return lines
 
 
 def _speeds(r: FanoutResults) -> list[str]:

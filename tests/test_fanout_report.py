@@ -47,6 +47,19 @@ def folder(tmp_path):
     return tmp_path
 
 
+def test_ratios_where_both_answered_leave_malformed_answers_out(tmp_path):
+    rows = [
+        row(method, values) | {"per_query": {"composite": values, "relevant": values, "groundedness": said}}
+        for method, values, said in (
+            ("zero-shot LM", [0.0, 0.2, 0.4], [0.0, 0.5, 0.5]),
+            ("R4T-FOLM", [0.6, 0.0, 0.8], [0.9, 0.0, 0.9]),
+        )
+    ]  # fmt: skip
+    append_rows(tmp_path / "results.jsonl", rows)
+    said = fanout_report.text_report(fanout_rows.read_fanouts(tmp_path))
+    assert " 2.00  composite of R4T-FOLM over zero-shot LM on the 33% of queries that both answered" in said
+
+
 def test_the_report_by_hand(folder, tmp_path):
     r = fanout_rows.read_fanouts(folder)
     said = fanout_report.text_report(r)
@@ -64,6 +77,14 @@ def test_the_report_by_hand(folder, tmp_path):
     assert table.split()[-7:] == ["0.015", "(0.015)", "0.0050", "0.1250", "133x", "200x", "15"]
     assert "skipped, none left" in said
     assert fanout_report.write(tmp_path / "none yet", r).stat().st_size > 5_000
+    bars, lines = fanout_report.plot(r).axes
+    assert len(bars.patches) == 7 and (lines.get_xscale(), lines.get_yscale()) == ("log", "log")
+    drawn = {line.get_label(): (line.get_xdata()[0], line.get_ydata()[0]) for line in lines.lines}
+    assert drawn == {
+        "R4T-FOLM": (8, 2.0),
+        FAST[0]: (8, pytest.approx(0.2)),
+        FAST[1]: (8, pytest.approx(0.015)),
+    }
     packed = fanout_rows.save_fanouts(r, tmp_path / "packed.jsonl")
     assert fanout_report.text_report(fanout_rows.read_fanouts(packed)) == said
     assert fanout_rows.is_fanout(tmp_path) and fanout_rows.is_fanout(packed)
