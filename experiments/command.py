@@ -71,6 +71,9 @@ def launch(
         except preemption.Preempted as stop:
             preemption.forget()
             print(stop, flush=True)
+        except BrokenPipeError:  # whoever reads has enough: `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(1) from None
         except (InputError, OSError) as error:
             if said := one_line(error):
                 raise SystemExit(f"error: {said}") from None

@@ -1,5 +1,7 @@
 """R4T's report: ratios, speed-ups and verdicts worked out by hand, and files of earlier runs."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -170,3 +172,14 @@ def test_rows_of_earlier_runs_are_read(folder):
     for one in r.latency:
         one.pop("encode_p50", None)
     assert "20x (the encoding of the queries not timed)" in fanout_report.text_report(r)
+
+
+def test_a_reader_that_has_enough_ends_the_report_in_silence():
+    packed = ROOT / "experiments/results/fanout.jsonl"
+    command = [sys.executable, "-u", "-m", "experiments.report", f"--results={packed}"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, bufsize=1
+    ) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait() in (0, 1)

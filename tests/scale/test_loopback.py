@@ -47,12 +47,13 @@ def compared(config, one, two, count, stages, methods):
 
 
 def test_four_processes_are_one(tmp_path):
-    """Every stage and every rival, on a mesh of two batch shards by two of the parameters."""
+    """Every stage and every rival, two batch shards by two of the tensor axis, a ScaNN in each process."""
     write_catalogue(catalogue := tmp_path / "small.parquet")
     config = [
         f"--config=experiments/configs/modit.py:size=test,data={catalogue}",
-        "--config.evaluation.index=exact", "--config.hppo.contexts=48",
-        "--config.labels.predictor.steps=10", "--config.mesh.data=2", "--config.mesh.fsdp=2",
+        "--config.evaluation.index=scann", "--config.hppo.contexts=48",
+        "--config.labels.predictor.steps=10", "--config.mesh.data=1", "--config.mesh.fsdp=2",
+        "--config.mesh.tensor=2",
     ]  # fmt: skip
     methods = "^main: (seed mean|ridge regressor|MO-DiT after (SFT|HPPO)|contrastive encoder.*)$"
     rows = compared(config, tmp_path / "one", tmp_path / "four", 4, MODIT, methods)
