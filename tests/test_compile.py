@@ -8,11 +8,12 @@ import pytest
 
 from experiments import compile as command
 from experiments.abstract import Sizes, abstract_run, sizes_of
-from experiments.configs import modit
+from experiments.configs import modit, r4t
 from experiments.modit import open_run
 from genret.training import loop
 from genret.training import mesh as meshes
 from genret.types import InputError
+from tests.language.conftest import write_gguf
 
 
 @pytest.mark.parametrize(
@@ -36,6 +37,21 @@ def test_stages_of_a_config_are_compiled_and_their_sizes_said(tmp_path, capsys, 
         assert row["batch"] == (8 if name == "hppo" else 32)
     if not only:  # the reference is there too
         assert rows["hppo"]["argument_bytes"] > rows["sft"]["argument_bytes"]
+
+
+@pytest.mark.parametrize("only", ["^folm$", pytest.param("", marks=pytest.mark.scale)], ids=["folm", "all"])
+def test_r4t_is_compiled_for_a_mesh_of_three_axes(tmp_path, only):
+    """The policy with all its weights, on a rollout; the rest on pairs and sets."""
+    config = r4t.get_config("size=test")
+    config.language.model, config.language.lora_rank = str(write_gguf(tmp_path / "tiny.gguf", "llama")), 0
+    config.mesh = dict(data=2, fsdp=2, tensor=2)
+    command.main(config, "cpu:8", only, str(tmp_path / "table.json"))
+    rows = {row["stage"]: row for row in json.loads((tmp_path / "table.json").read_text())["rows"]}
+    assert list(rows) == (["folm"] if only else ["warm", "folm", "diffusion", "regressor"])
+    for name, row in rows.items():
+        assert 0.5 < (row["argument_bytes"] * 4 / 16) / row["parameters"] < 2.5, name
+        assert min(row["flops"], row["temporary_bytes"], row["collectives"]) > 0
+        assert row["batch"] == (4 if name in ("warm", "folm") else 16)  # 2 queries, 2 answers each
 
 
 def test_hppo_moves_parameters_between_devices_and_no_activations(tmp_path):

@@ -215,7 +215,7 @@ def fit(
             state, metrics = step_fn(state, frozen, meshes.place(batch, on_batch))
             pending.append((step + 1, jax.block_until_ready(metrics) if in_step else metrics))
             last = step + 1 == options.steps
-            stopping = preemption.due(every=8)
+            stopping = preemption.due(every=min(8, options.log_every))  # a rollout is logged each step
             saving = last or stopping or (step + 1) % options.save_every == 0
             if saving or (step + 1) % options.log_every == 0:
                 fetched = [(s, jax.device_get(m)) for s, m in pending]
