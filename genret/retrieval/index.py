@@ -42,7 +42,8 @@ class Index(Protocol):
 class ExactIndex:
     """Exhaustive f32 search: a blocked matmul, two-stage top-k, and one merge over the mesh.
 
-    embeddings: float[N, D] (a np.memmap is read once, each device's rows only), any finite values.
+    embeddings: float[N, D], any finite values; of a np.memmap blocks are read to check it, and then the rows
+        of the devices that are here.
     mesh: all its devices share the corpus, whatever the axes are called, and the ids are the same
         for every mesh; None: the first device of this process.
     query_block, corpus_block: largest block of either; peak memory on a device is about
