@@ -43,6 +43,8 @@ spec:
   completions: $PODS
   parallelism: $PODS
   backoffLimit: 0
+  podFailurePolicy: # a pod that was preempted is made again, and continues
+    rules: [{action: Ignore, onPodConditions: [{type: DisruptionTarget}]}]
   template:
     spec:
       subdomain: $NAME
@@ -54,8 +56,12 @@ spec:
           command: [bash, -euc]
           args:
             - |
-              python -m experiments.run $together $config $workdir$more
-              python -m experiments.evaluate $together $config $workdir$more
+              # bash is process 1 and passes no signal on by itself.
+              child='' stop=''
+              trap 'stop=1; kill \"\$child\"' TERM
+              on() { \"\$@\" & child=\$!; wait \"\$child\" || wait \"\$child\"; [ -z \"\$stop\" ]; }
+              on python -m experiments.run $together $config $workdir$more
+              on python -m experiments.evaluate $together $config $workdir$more
               [ \"\$JOB_COMPLETION_INDEX\" != 0 ] || python -m experiments.report $workdir
       volumes: [{name: shared, persistentVolumeClaim: {claimName: $CLAIM}}]"
 if [ -n "${DRY_RUN:-}" ]; then

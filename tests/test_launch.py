@@ -72,11 +72,43 @@ def test_kubernetes_gets_an_indexed_job_of_the_same_command():
     assert pod["nodeSelector"] == {"cloud.google.com/gke-tpu-topology": "2x4", "pool": "a"}
     box = pod["containers"][0]
     assert box["image"] == "registry/genret:1" and box["resources"]["limits"] == {"google.com/tpu": "4"}
-    found = [shlex.split(line) for line in box["args"][0].splitlines()]
+    found = [shlex.split(line, comments=True) for line in box["args"][0].splitlines()[4:]]
     me = ["--coordinator=three-0.three:8476", "--num_processes=4", "--process_id=$JOB_COMPLETION_INDEX"]
     for line, step in zip(found[:2], STEPS, strict=False):
-        assert line == [*step[:4], *me, *step[4:]]
+        assert line == ["on", *step[:4], *me, *step[4:]]
     assert found[2] == ["[", "$JOB_COMPLETION_INDEX", "!=", "0", "]", "||", *STEPS[2]]
+
+
+@pytest.mark.parametrize("ends", ["in time", "by SIGTERM", "in an error"])
+def test_in_a_pod_sigterm_reaches_the_command_and_nothing_comes_after(tmp_path, ends):
+    (python := tmp_path / "python").write_text(
+        """#!/usr/bin/env bash
+        trap 'sleep .3; echo saved; exit 0' TERM
+        echo "$2 begins"
+        [ "$ENDS" != "in an error" ] || exit 3
+        [ "$ENDS" != "by SIGTERM" ] || while :; do sleep .05; done
+        """
+    )
+    python.chmod(0o755)
+    yaml = pytest.importorskip("yaml")
+    place = dict(NAME="three", PODS="4", IMAGE="x", CLAIM="disk")
+    lines = dry("gke.sh", CONFIG, "/shared/runs/x", **place)
+    _, job = yaml.safe_load_all("\n".join(lines[1:-1]))
+    box = job["spec"]["template"]["spec"]["containers"][0]
+    there = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "JOB_COMPLETION_INDEX": "0", "ENDS": ends}
+    with subprocess.Popen(
+        [*box["command"], *box["args"]], env=os.environ | there, stdout=subprocess.PIPE, text=True
+    ) as process:
+        said = [process.stdout.readline()]
+        if ends == "by SIGTERM":
+            process.terminate()
+        said = "".join(said) + process.stdout.read()
+    begins = [f"experiments.{name} begins\n" for name in ("run", "evaluate", "report")]
+    wanted = {"in time": "".join(begins), "by SIGTERM": f"{begins[0]}saved\n", "in an error": begins[0]}
+    assert (said, process.returncode) == (
+        wanted[ends],
+        {"in time": 0, "by SIGTERM": 1, "in an error": 3}[ends],
+    )
 
 
 def test_what_a_script_misses_is_said():
