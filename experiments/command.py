@@ -84,12 +84,14 @@ def launch(
 
 
 def _unless_abandoned(show: Callable[[Any], None]) -> Callable[[Any], None]:
-    """A hook for errors outside the main thread, without those of writes that Orbax gives up on a full disk:
-    the main thread is told, and each of the others would print a traceback, before or after its line."""
+    """A hook for errors that reach no caller, without those of writes that Orbax gives up on a full disk (the
+    main thread is told, and each of the others would print a traceback, before or after its line), and
+    without a SIGTERM that met a `__del__`, which comes again."""
 
     def hook(found: Any) -> None:
         error = found.exc_value
-        if not _is_full(error) and not (type(error) is RuntimeError and str(error) == "Event loop is closed"):
+        given_up = _is_full(error) or (type(error) is RuntimeError and str(error) == "Event loop is closed")
+        if not given_up and not isinstance(error, preemption.Preempted):
             show(found)
 
     return hook

@@ -12,13 +12,16 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from experiments import command
 from experiments.command import one_line
 from experiments.workdir import alone, append_rows, building, read_rows, write_text
 from genret.catalogue import format
+from genret.training import preemption
 from genret.types import InputError, reading
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -149,3 +152,17 @@ def test_a_workdir_that_cannot_be_written_is_one_line(tmp_path):
         assert "Read-only file system. use a folder that can be written" in one_line(caught.value)
     finally:
         subprocess.run(["umount", tmp_path], check=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.ENOSPC, "No space left"), False), (RuntimeError("Event loop is closed"), False),
+        (preemption.Preempted(), False), (RuntimeError("a bug"), True), (OSError(errno.EIO, "broken"), True),
+    ],
+)  # fmt: skip
+def test_of_errors_that_reach_no_caller_those_that_are_dealt_with_are_not_told(error, told):
+    """SIGTERM inside a finaliser comes again a second later, and a full disk is told to the main thread."""
+    said = []
+    command._unless_abandoned(said.append)(SimpleNamespace(exc_value=error))
+    assert bool(said) == told
