@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def catalogue_path(config: ConfigDict) -> Path:
     """Where the catalogue lies, or will once built. Raises InputError for a path that does not exist."""
     data = config.data
     if data not in BUILT:
-        if not Path(data).exists():
+        if not os.path.exists(data):
             raise InputError("data", f"{data} does not exist", "use moses, fashion, streaming or a path")
         return Path(data)
     name = data
@@ -65,7 +66,7 @@ def _build(config: ConfigDict, path: Path) -> None:
 
 
 def _build_kaggle(config: ConfigDict, path: Path) -> None:
-    if not config.raw or not Path(config.raw).exists():
+    if not config.raw or not os.path.exists(config.raw):
         raise InputError(
             "raw", f"{config.raw or 'nothing'} given for {config.data}", "pass raw=PATH of the Kaggle CSVs"
         )

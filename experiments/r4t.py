@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,7 @@ def fanout_texts(config: ConfigDict) -> FanoutTexts:
     }
     if f.data not in read:
         return own.read(f.data, seed=f.seed)
-    if not (f.raw and Path(f.raw).exists()):
+    if not (f.raw and os.path.exists(f.raw)):
         raise InputError("raw", f"{f.raw or 'nothing'} given for {f.data}", "pass raw=PATH")
     return read[f.data]()
 

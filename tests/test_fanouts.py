@@ -210,7 +210,13 @@ def test_latency_is_told_with_the_encoding_and_without_and_a_batch_too_large_is_
 
 
 def test_wrong_arguments_are_named(tmp_path):
-    for argument, field in (("size=huge", "size"), ("data=songs", "data"), ("seeds=x", "seeds")):
+    long = "data=" + 5_000 * "9"  # longer than a path may be
+    for argument, field in (
+        ("size=huge", "size"),
+        ("data=songs", "data"),
+        (long, "data"),
+        ("seeds=x", "seeds"),
+    ):
         with pytest.raises(InputError, match=f"^{field}: "):
             configs.get_config(argument)
     config = configs.get_config("size=test,data=playlists")

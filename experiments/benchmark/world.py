@@ -7,6 +7,7 @@ fitted, and every stage is made by the function that a real run makes it with.
 from __future__ import annotations
 
 import functools
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +90,7 @@ def read_vectors(path: str) -> np.ndarray:
             raise InputError(
                 "--vectors", f"{path} is not readable ({error})", "pass a .npy matrix"
             ) from error
-    elif Path(path).is_dir() or path.endswith(".parquet"):
+    elif os.path.isdir(path) or path.endswith(".parquet"):
         x = load(path).embeddings
     else:
         raise InputError("--vectors", f"{path} is neither .npy nor .parquet", "pass one of them")

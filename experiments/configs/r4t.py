@@ -15,7 +15,7 @@ demo is what launch/fanout_demo.sh runs; evidence trains a wider set network, fo
 queries. Expected, 2 CPU cores: see the README. `paper` is for accelerators and has no figure yet.
 """
 
-from pathlib import Path
+import os
 
 from ml_collections import ConfigDict
 
@@ -76,7 +76,7 @@ def get_config(argument: str = "") -> ConfigDict:
     arg = parse(argument, size="demo", data="words", raw="", seeds="0", ablations="")
     if arg.size not in SIZES:
         raise InputError("size", f"unknown size {arg.size!r}", f"use one of {', '.join(SIZES)}")
-    if arg.data not in DATA and not Path(arg.data).is_dir():
+    if arg.data not in DATA and not os.path.isdir(arg.data):
         raise InputError("data", f"{arg.data!r} is no folder", f"use {', '.join(DATA)}, or a folder of yours")
     given = ",".join(f"{k}={v}" for k, v in vars(arg).items() if v and k not in ("seeds", "ablations"))
 

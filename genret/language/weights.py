@@ -47,7 +47,7 @@ def read_gguf(path: str | Path) -> Any:
         import gguf
     except ImportError as error:
         raise InputError("gguf", f"{error.name} is not installed", INSTALL) from error
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise InputError(str(path), "no such file", "Pass the path of a .gguf file.")
 
     class Bounded(gguf.GGUFReader):
