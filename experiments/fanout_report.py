@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -123,7 +124,7 @@ def _side_by_side(r: FanoutResults) -> str:
 
 def plot(r: FanoutResults) -> Figure:
     """Quality of every method, and latency against batch size on logarithmic axes (R4T's figure 5)."""
-    fig = Figure(figsize=(11, 4.6), layout="constrained")
+    fig = Figure(figsize=(13, 4.6), layout="constrained")
     left, right = fig.subplots(1, 2)
     part = r.parts[0]
     own = r.of(part)
@@ -132,15 +133,19 @@ def plot(r: FanoutResults) -> Figure:
     left.barh(order, means, color=[_colour(m) for m in order])
     for i, value in enumerate(means):
         left.text(value, i, f" {value:.3f}", va="center", fontsize=8)
+    left.margins(x=0.12)
     left.set(title=f"{own.main}, {own.rows[0]['queries']} {part} queries")
     batches = sorted({row["batch"] for row in r.latency})
-    for method in dict.fromkeys(row["method"] for row in r.latency):
+    timed_methods = dict.fromkeys(row["method"] for row in r.latency)
+    for method, marker in zip(timed_methods, itertools.cycle("osDv^P")):
         taken = [(b, np.mean([row["p50"] for row in rows])) for b in batches if (rows := timed(r, method, b))]
         style = {"color": _colour(method), "ls": "--" if "," in method else "-"}
         if taken:
-            right.loglog(*zip(*taken, strict=True), marker="o", label=method, **style)
+            right.loglog(*zip(*taken, strict=True), marker=marker, label=method, **style)
     if right.lines:
-        right.legend()
+        right.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+        right.set_xticks(batches, labels=map(str, batches), minor=False)
+        right.minorticks_off()
     right.set(title=f"latency, k = {own.rows[0]['k']}", xlabel="queries at once", ylabel="seconds per batch")
     return fig
 
