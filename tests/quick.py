@@ -1,7 +1,7 @@
 """Quick compiles: XLA's older emitter of loops, and modules in one piece.
 
 The emitter compiles what is not optimised in a third of the time, and what is in four times as much, so
-goldens go without. A module split into 32 for as many cores takes one core up to 15 % longer. JAX has no
+goldens go without. A module split into 32 for as many cores takes one core longer. JAX has no
 setting for either but XLA_FLAGS, which binds a whole process. Where JAX's own function has moved, or XLA does
 not know the options, tests are slower and nothing else.
 """

@@ -213,9 +213,8 @@ def scann_index(
 
     ScaNN scores every item below 100k items, and has a tree of sqrt(N) leaves, asymmetric hashing and
     rescoring from there. Its own guide (google-research, scann/docs/algorithms.md) hashes from 20k; at
-    the recall wanted here so many are rescored that scoring all is 1.1 to 3.9 times as fast (30k to 90k
-    items, k 28 and 100, two cores). The widths are ours, for recall@k >= .999 even of queries that are
-    no items (means of unrelated items need half of the leaves):
+    the recall wanted here so many are rescored that scoring all is faster. The widths are ours, for
+    recall@k >= .999 even of queries that are no items (means of unrelated items need half of the leaves):
 
     num_leaves: 0 for no tree. leaves_to_search: half of them.
     reorder: candidates rescored exactly, of a tree max(4000, 150 k); 0 scores every item searched exactly.
