@@ -35,7 +35,8 @@ from genret.retrieval.index import build_index
 from genret.retrieval.metrics import macro
 from genret.training.checkpoint import restore_params
 from genret.training.loop import FitOptions, fit
-from genret.training.mesh import local, make_mesh
+from genret.training.mesh import make_mesh, whole
+from genret.training.rows import read_all
 from genret.training.stage import Stage
 from genret.types import PyTree
 
@@ -150,7 +151,7 @@ class Run:
         rng = np.random.default_rng([self.seed, 41])
         # Pretraining knows no attribute, so its anchor is the seed mean alone.
         directions = self.directions * (name != "pretrain" and recipe.steered)
-        batch = stages.DRAWS[name](rng, self.fitted.data, 2048, self.length(name))
+        batch = read_all(stages.draw_batch(name, rng, self.fitted.data, 2048, self.length(name)))
         rows = np.flatnonzero(batch.weight)
         return edm.fit_space(
             jax.tree.map(lambda x: x[rows], batch.condition),
@@ -211,7 +212,7 @@ class Run:
 
     def _bound(self, space: edm.Space, params: PyTree) -> MoDiT:
         embeddings, density = self.catalogue.embeddings, self.fitted.predicted
-        return MoDiT(self.retriever, local(params), space, embeddings, density)
+        return MoDiT(self.retriever, *whole((params, space), self.mesh), embeddings, density)
 
     def _validated(self, model: MoDiT) -> dict[str, float]:
         """Macro Joint, Attribute and Purity of the one-call query on the validation contexts."""
@@ -259,7 +260,7 @@ class Run:
             self.folder / folder / "checkpoints", shapes,
             card=stages.model_card(self.retriever.model, space), step=step or self.options(folder).steps,
         )  # fmt: skip
-        return self._bound(space, jax.device_put(params))
+        return self._bound(space, params)
 
     @functools.cache  # noqa: B019
     def contrastive(self, source: str, steps: int) -> Callable:

@@ -333,7 +333,8 @@ class FanoutRun:
             card=stages.model_card(retriever.model, self.space, self.rows(regression)),
             step=self.options(folder).steps,
         )  # fmt: skip
-        return SetRetriever(retriever, jax.device_put(params), self.space, self.rows(regression) + spare)
+        placed = whole((params, self.space), self.mesh)
+        return SetRetriever(retriever, *placed, self.rows(regression) + spare)
 
     def train(self) -> None:
         """Policy, synthesis, set models; what is finished is not done again."""

@@ -14,7 +14,7 @@ from genret.diffusion.preference import Preference
 from genret.modit import hppo, stages
 from genret.modit.candidates import POLICIES
 from genret.modit.pairs import FILTERS, PairRule
-from genret.types import InputError
+from genret.types import Batch, InputError
 
 BEFORE = {"pretrain": {None}, "cpt": {"pretrain"}, "sft": {"cpt", "pretrain"}, "hppo": {"sft"}}
 MAIN = ["pretrain", "cpt", "sft", "hppo", "sft_mse", "sft_retrieval"]
@@ -136,8 +136,8 @@ def test_the_anchor_is_steered_where_the_recipe_says(molecules, tmp_path, monkey
     steered = {}
     monkeypatch.setattr(runs.edm, "fit_space", lambda c, t, directions, **_: directions)
     monkeypatch.setattr(runs.edm, "plain_space", lambda *_: None)
-    drawn = SimpleNamespace(condition=np.ones((2, 1)), target=np.ones((2, 1)), weight=np.ones(2))
-    monkeypatch.setattr(stages, "DRAWS", dict.fromkeys(stages.DRAWS, lambda *_: drawn))
+    drawn = Batch(np.ones((2, 1)), np.ones((2, 1)), np.ones(2))
+    monkeypatch.setattr(stages, "draw_batch", lambda *_: drawn)
     run = runs.open_run(modit.get_config("size=test"), tmp_path, 3, molecules)
 
     class Steered(Unfitted):

@@ -26,6 +26,7 @@ from genret.modit import stages
 from genret.modit import trajectories as tr
 from genret.modit.fitting import Fitted
 from genret.training.mesh import make_mesh
+from genret.training.rows import read_all
 from genret.types import Batch, Condition, InputError, PyTree
 
 DOMAINS, SEEDS, WALK = 4, 8, 16  # as the demo has them
@@ -202,7 +203,8 @@ class World:
     def examples(self, name: str, size: int) -> Batch:
         """A batch of the stage `name`, on the host."""
         length = SEEDS if name == "sft" else WALK
-        return stages.DRAWS[name](np.random.default_rng(4), self.fitted.data, size, length)
+        rng = np.random.default_rng(4)
+        return read_all(stages.draw_batch(name, rng, self.fitted.data, size, length))
 
     @functools.cached_property
     def space(self) -> edm.Space:

@@ -17,6 +17,7 @@ from genret.modit.memory import Memory
 from genret.modit.protocol import Contexts, Method, Searcher
 from genret.modit.stages import TrainingSet, tail_batch
 from genret.retrieval.ranking import rank
+from genret.training.rows import read_all
 
 STRENGTHS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 
@@ -184,7 +185,7 @@ def fit_ridge(
     gram = np.zeros((domains, width + 1, width + 1))
     cross = np.zeros((domains, width + 1, width))
     for step in range(batches):
-        batch = tail_batch(np.random.default_rng([seed, 21, step]), data, size, seeds)
+        batch = read_all(tail_batch(np.random.default_rng([seed, 21, step]), data, size, seeds))
         x = unit(batch.condition.context.sum(1))
         x = np.concatenate([x, np.ones((len(x), 1))], 1).astype(np.float64)
         for m in range(domains):

@@ -18,10 +18,11 @@ from jax.sharding import PartitionSpec as P
 
 from genret.diffusion.edm import unit
 from genret.modit.softmax import make_corpus, multi_positive_softmax
-from genret.modit.stages import TrainingSet
+from genret.modit.stages import TrainingSet, embedded
 from genret.modit.trajectories import seeds_and_tail
 from genret.training.loop import FitOptions, fit
 from genret.training.mesh import local
+from genret.training.rows import ByRow
 from genret.training.stage import Stage
 from genret.types import Array, Terms
 
@@ -83,7 +84,8 @@ def contrastive_stage(
         cell = rng.integers(0, len(data.cells.members), batch)
         domain = rng.integers(0, len(positive), batch)
         items, _ = seeds_and_tail(rng, data.tails, cell, domain, seeds)
-        x = (data.embeddings[items] * (items >= 0)[..., None]).sum(1)
+        seen = embedded(data.embeddings, items)
+        x = ByRow((batch, size), lambda rows: seen.read(rows).sum(1))
         members = data.cells.members[cell]
         hits = np.where((members >= 0) & positive[domain[:, None], members], members, -1)
         return {"x": x, "domain": domain, "candidates": negatives.candidates(hits, items)}

@@ -271,8 +271,7 @@ def make_hppo_stage(
         if not retrieval:
             return HppoBatch(made, None)
         rng = np.random.default_rng([seed, 63, step])
-        rows = retrieval_batch(rng, data, batch * fresh, refresh.seeds, corpus)
-        return HppoBatch(made, jax.tree.map(lambda x: x.reshape(batch, fresh, *x.shape[1:]), rows))
+        return HppoBatch(made, retrieval_batch(rng, data, batch, refresh.seeds, corpus, beside=fresh))
 
     def loss(params: PyTree, frozen: PyTree, batch: HppoBatch, draw: Draw) -> Terms:
         terms = pair_loss(params, frozen, batch.pairs, draw)

@@ -15,6 +15,7 @@ from genret.diffusion.retriever import Retriever
 from genret.modit.protocol import Contexts
 from genret.modit.stages import condition
 from genret.modit.trajectories import sort_by_density
+from genret.training import mesh as meshes
 from genret.types import Condition, InputError, PyTree
 
 HEUN_STEPS = 18
@@ -23,7 +24,11 @@ HEUN_CALLS = 2 * HEUN_STEPS - 1
 
 @dataclass(frozen=True)
 class MoDiT:
-    """A trained model and what it needs to read a context: density f32[M, N] orders the seeds."""
+    """A trained model and what it needs to read a context: density f32[M, N] orders the seeds.
+
+    Where the parameters are on a mesh, each of its devices makes its share of the queries, up to `block` at a
+    time; then all processes must ask together.
+    """
 
     retriever: Retriever
     params: PyTree
@@ -52,17 +57,17 @@ class MoDiT:
         domain, items = domain.repeat(samples), items.repeat(samples, 0)
         keys = jax.random.split(jax.random.key(seed), len(items))
         out = np.empty((len(items), self.embeddings.shape[1]), np.float32)
-        for start in range(0, len(items), self.block):
-            at = np.arange(start, min(start + self.block, len(items)))
-            padded = np.resize(at, self.block)
+        parts = meshes.parts_beside(self.params)
+        share = max(-(-self.block // parts), min(self.block, -(-len(items) // parts)))  # of each device
+        for start in range(0, len(items), share * parts):
+            at = np.arange(start, min(start + share * parts, len(items)))
+            padded = np.resize(at, share * parts)
             given = condition(self.embeddings, items[padded], domain[padded])
             for turn in range(rollout + 1):
                 w = np.float32(guidance) if guidance else None
-                made = np.asarray(
-                    self.retriever.generate(
-                        self.params, self.space, given, keys[padded], w, method=method, steps=steps
-                    )
-                )[:, 0]
+                asked = meshes.place_beside(self.params, (given, keys[padded]))
+                made = self.retriever.generate(self.params, self.space, *asked, w, method=method, steps=steps)
+                made = np.asarray(meshes.local(made))[:, 0]
                 given = _append(given, made) if turn < rollout else given
             out[at] = made[: len(at)]
         return out.reshape(len(contexts), samples, out.shape[1])

@@ -5,9 +5,12 @@ All three are the same denoising loss on the same model; they differ in where a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+import jax
 import numpy as np
 from flax import struct
 
@@ -16,6 +19,7 @@ from genret.diffusion.edm import Space
 from genret.diffusion.retriever import Retriever
 from genret.modit import trajectories as tr
 from genret.modit.softmax import Candidates, Corpus, make_corpus, multi_positive_softmax
+from genret.training.rows import ByRow
 from genret.training.stage import Stage
 from genret.types import Batch, Condition, InputError, PyTree, Terms
 
@@ -37,37 +41,53 @@ class TrainingSet:
     tails: tr.Tails
 
 
+def embedded(embeddings: np.ndarray, items: np.ndarray) -> ByRow:
+    """f32[..., D] of catalogue rows i32[...]; zeros for -1, which is padding."""
+
+    def read(rows: np.ndarray) -> np.ndarray:
+        found = items[rows]
+        return np.asarray(embeddings[np.maximum(found, 0)]) * (found >= 0)[..., None].astype(np.float32)
+
+    return ByRow((*items.shape, embeddings.shape[1]), read)
+
+
 def condition(embeddings: np.ndarray, items: np.ndarray, domain: np.ndarray) -> Condition:
     """Context of catalogue rows i32[B, S] (-1 is padding) in the order given."""
-    mask = items >= 0
-    context = np.asarray(embeddings[np.maximum(items, 0)]) * mask[..., None].astype(np.float32)
-    return Condition(context, mask, domain.astype(np.int32))
+    return Condition(embedded(embeddings, items), items >= 0, domain.astype(np.int32))
 
 
-def next_item(data: TrainingSet, walks: np.ndarray, cut: np.ndarray, domain: np.ndarray) -> Batch:
-    """Denoise item `cut` of each walk i32[B, T] given the items before it."""
-    prefix = np.where(np.arange(walks.shape[1] - 1) < cut[:, None], walks[:, :-1], -1)
-    target = np.take_along_axis(walks, cut[:, None], 1)
+class Walks(NamedTuple):
+    """What a batch of walks denoises: item `cut` i64[B] of each of `items` i32[B, T] given those before it,
+    under `domain` i64[B]."""
+
+    items: np.ndarray
+    cut: np.ndarray
+    domain: np.ndarray
+
+
+def next_item(data: TrainingSet, walks: Walks) -> Batch:
+    """Denoise the item at the cut given the items before it."""
+    prefix = np.where(np.arange(walks.items.shape[1] - 1) < walks.cut[:, None], walks.items[:, :-1], -1)
+    target = np.take_along_axis(walks.items, walks.cut[:, None], 1)
     return Batch(
-        condition(data.embeddings, prefix, domain),
-        np.asarray(data.embeddings[target]),
-        np.ones(len(walks), np.float32),
+        condition(data.embeddings, prefix, walks.domain),
+        embedded(data.embeddings, target),
+        np.ones(len(target), np.float32),
     )
 
 
-def raw_batch(rng: np.random.Generator, data: TrainingSet, size: int, length: int) -> Batch:
+def raw_walks(rng: np.random.Generator, data: TrainingSet, size: int, length: int) -> Walks:
     """Stage 1: the next item of a raw sequence, under the null domain."""
     walks = tr.raw_sequences(rng, data.cells, data.neighbours, rng.choice(data.train, size), length)
-    null = np.full(size, len(data.density))
-    return next_item(data, walks, rng.integers(1, length, size), null)
+    return Walks(walks, rng.integers(1, length, size), np.full(size, len(data.density)))
 
 
 ORDERS = ("ascending", "shuffled", "descending", "true", "noise")
 
 
-def ordered_batch(
+def ordered_walks(
     rng: np.random.Generator, data: TrainingSet, size: int, length: int, order: str = "ascending"
-) -> Batch:
+) -> Walks:
     """Stage 2: the next item in metric order; 70 % locality walks, 30 % sorted bins, and the target in
     the last half of the walk, where the density is.
 
@@ -89,7 +109,7 @@ def ordered_batch(
         key = np.where(walks >= 0, key, np.inf)  # padding stays at the end
         walks = np.take_along_axis(walks, np.argsort(key, axis=1, kind="stable"), 1)
     at = np.maximum(rng.integers(length // 2, length, size) * items // length, 1)
-    return next_item(data, walks, at, domain)
+    return Walks(walks, at, domain)
 
 
 @struct.dataclass
@@ -106,31 +126,50 @@ def tail_batch(rng: np.random.Generator, data: TrainingSet, size: int, seeds: in
     The number of seeds varies from 4 (or fewer) to `seeds`, for robustness to seed-set size. A cell
     without an item to draw gets weight 0.
     """
-    return _tail_examples(rng, data, *_cells_and_domains(rng, data, size), seeds)[0]
+    return _tail_examples(rng, data, *_cells_and_domains(rng, data, size), seeds, (size,))[0]
 
 
-def _tail_examples(rng, data: TrainingSet, cell, domain, seeds: int) -> tuple[Batch, np.ndarray]:
+def _tail_examples(
+    rng, data: TrainingSet, cell, domain, seeds: int, shape: tuple[int, ...]
+) -> tuple[Batch, np.ndarray]:
     items, half = tr.seeds_and_tail(rng, data.tails, cell, domain, seeds)
     keep = np.arange(seeds) < rng.integers(min(4, seeds), seeds + 1, len(cell))[:, None]
     items = tr.sort_by_density(np.where(keep, items, -1), data.density, domain)
-    tail = data.embeddings[np.maximum(data.tails.tail[domain, cell], 0)]  # [B, T, D]
-    centroid = np.sum(tail * half[..., None], axis=1)
-    centroid /= np.maximum(np.linalg.norm(centroid, axis=-1, keepdims=True), 1e-12)
+    items, domain = items.reshape(*shape, -1), domain.reshape(shape)
+    tail = np.where(half, data.tails.tail[domain.ravel(), cell], -1).reshape(*shape, -1)
     batch = Batch(
         condition(data.embeddings, items, domain),
-        centroid[:, None].astype(np.float32),
-        (items >= 0).any(1).astype(np.float32),
+        centroids(data.embeddings, tail),
+        (items >= 0).any(-1).astype(np.float32),
     )
     return batch, items
 
 
-def retrieval_batch(rng, data: TrainingSet, size: int, seeds: int, corpus: Corpus) -> TailBatch:
-    """`tail_batch` with its softmax: the known positives of each cell against the corpus."""
-    cell, domain = _cells_and_domains(rng, data, size)
-    examples, items = _tail_examples(rng, data, cell, domain, seeds)
+def centroids(embeddings: np.ndarray, items: np.ndarray) -> ByRow:
+    """Unit-norm f32[..., 1, D]: mean of catalogue rows i32[..., T], of which -1 counts for nothing."""
+    rows = embedded(embeddings, items)
+
+    def read(at: np.ndarray) -> np.ndarray:
+        total = rows.read(at).sum(-2, keepdims=True)
+        return total / np.maximum(np.linalg.norm(total, axis=-1, keepdims=True), 1e-12)
+
+    return ByRow((*items.shape[:-1], 1, embeddings.shape[1]), read)
+
+
+def retrieval_batch(
+    rng, data: TrainingSet, size: int, seeds: int, corpus: Corpus, beside: int | None = None
+) -> TailBatch:
+    """`tail_batch` with its softmax: the known positives of each cell against the corpus.
+
+    beside: as many in each of `size` rows, leaves [size, beside, ...].
+    """
+    shape = (size,) if beside is None else (size, beside)
+    cell, domain = _cells_and_domains(rng, data, math.prod(shape))
+    examples, items = _tail_examples(rng, data, cell, domain, seeds, shape)
     members = data.cells.members[cell]
     hits = np.where((members >= 0) & data.has[domain[:, None], members], members, -1)
-    return TailBatch(examples, corpus.candidates(hits, items))
+    found = corpus.candidates(hits, items.reshape(len(cell), -1))
+    return TailBatch(examples, jax.tree.map(lambda x: x.reshape(*shape, -1), found))
 
 
 def with_order(data: TrainingSet, order: str, seen: np.ndarray, seed: int) -> TrainingSet:
@@ -178,7 +217,24 @@ class RetrievalTerm:
         return Terms(self.weight * softmax * found, found, aux)
 
 
-DRAWS: dict[str, Callable] = {"pretrain": raw_batch, "cpt": ordered_batch, "sft": tail_batch}
+WALKS: dict[str, Callable] = {"pretrain": raw_walks, "cpt": ordered_walks}
+STAGES = (*WALKS, "sft")
+
+
+def draw_batch(
+    name: str, rng: np.random.Generator, data: TrainingSet, size: int, length: int, *,
+    order: str = "ascending", replayed: int = 0,
+) -> Batch:  # fmt: skip
+    """A batch of stage `name`, one of STAGES. length: items per walk, or seeds per context in sft. order: of
+    the walks of cpt. replayed: how many of them are pretraining's."""
+    if name not in WALKS:
+        return tail_batch(rng, data, size, length)
+    more = {"order": order} if name == "cpt" else {}
+    walks = WALKS[name](rng, data, size - replayed, length, **more)
+    if replayed:
+        again = raw_walks(rng, data, replayed, length)
+        walks = Walks(*(np.concatenate(parts) for parts in zip(walks, again, strict=True)))
+    return next_item(data, walks)
 
 
 def make_stage(
@@ -203,15 +259,15 @@ def make_stage(
     order: of the walks of cpt.
     """
     name = folder.partition("_")[0]
-    if name not in DRAWS:
-        raise InputError("stage", f"unknown stage {name!r}", f"use one of {', '.join(DRAWS)}")
+    if name not in STAGES:
+        raise InputError("stage", f"unknown stage {name!r}", f"use one of {', '.join(STAGES)}")
     if retrieval and name != "sft":
         raise InputError("retrieval", f"{name} has no retrieval-aware term", "use it with sft")
     walk = name != "sft"  # its last item is the target
     if not 1 + walk <= length <= retriever.model.max_context + walk:
         problem = f"{length} is not in {1 + walk}..{retriever.model.max_context + walk}"
         raise InputError("length", problem, "change it, or raise model.max_context")
-    stream = list(DRAWS).index(name)
+    stream = STAGES.index(name)
     replayed = round(replay * batch)
     corpus = make_corpus(data.train, len(data.embeddings), retrieval.corpus, seed) if retrieval else None
 
@@ -219,9 +275,7 @@ def make_stage(
         rng = np.random.default_rng([seed, stream, step])
         if retrieval:
             return retrieval_batch(rng, data, batch, length, corpus)
-        more = {"order": order} if name == "cpt" else {}
-        fresh = DRAWS[name](rng, data, batch - replayed, length, **more)
-        return stack(fresh, raw_batch(rng, data, replayed, length)) if replayed else fresh
+        return draw_batch(name, rng, data, batch, length, order=order, replayed=replayed)
 
     def with_retrieval(params, frozen, batch, draw) -> Terms:
         terms = retriever.loss(params, frozen["space"], batch.examples, draw)
@@ -242,13 +296,6 @@ def make_stage(
         ),
         card=model_card(retriever.model, space),
     )
-
-
-def stack(*batches: Batch) -> Batch:
-    """Batches of equal shapes, one after the other."""
-    parts = [(b.condition.context, b.condition.mask, b.condition.domain, b.target, b.weight) for b in batches]
-    context, mask, domain, target, weight = (np.concatenate(p) for p in zip(*parts, strict=True))
-    return Batch(Condition(context, mask, domain), target, weight)
 
 
 def model_card(model, space: Space) -> dict:

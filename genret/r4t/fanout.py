@@ -17,6 +17,7 @@ from genret.diffusion.retriever import Method, Retriever
 from genret.r4t.prompts import K
 from genret.r4t.stages import condition
 from genret.retrieval.sets import traced_mmr
+from genret.training import mesh as meshes
 from genret.types import Array, InputError, PyTree
 
 SDE_STEPS = 256  # the paper's sampler
@@ -49,7 +50,8 @@ def kept(queries: Array, rows: Array, k: int) -> Array:
 @dataclass(frozen=True)
 class SetRetriever:
     """A trained set model. rows: L, drawn at a time; without row positions it may differ from the L trained
-    with. block: most queries at once."""
+    with. block: most queries at once, on each device of the mesh that holds the parameters, if they are on
+    one (then all processes must ask together)."""
 
     retriever: Retriever
     params: PyTree
@@ -77,14 +79,15 @@ class SetRetriever:
             raise InputError("method", f"posterior_mean {problem}", "use a sampler")
         out = np.empty((len(queries), k, queries.shape[1]), np.float32)
         keys = jax.random.split(jax.random.key(seed), len(queries))
-        size = min(self.block, len(queries))
+        parts = meshes.parts_beside(self.params)
+        size = parts * min(self.block, -(-len(queries) // parts))
         w = np.float32(guidance) if guidance else None
-        for start in range(0, len(queries), self.block):
+        for start in range(0, len(queries), size):
             at = np.arange(start, min(start + size, len(queries)))
             padded = np.resize(at, size)
+            asked = meshes.place_beside(self.params, (condition(queries[padded]), keys[padded]))
             drawn = self.retriever.generate(
-                self.params, self.space, condition(queries[padded]), keys[padded], w,
-                method=method, steps=steps, rows=self.rows, levels=levels,
-            )  # fmt: skip
-            out[at] = np.asarray(kept(queries[padded], drawn, k))[: len(at)]
+                self.params, self.space, *asked, w, method=method, steps=steps, rows=self.rows, levels=levels
+            )
+            out[at] = np.asarray(kept(queries[padded], meshes.local(drawn), k))[: len(at)]
         return out

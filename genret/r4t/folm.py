@@ -117,9 +117,7 @@ class LanguagePolicy:
 
         Where the variables are on a mesh, so are the rows, each on its share of the devices: B must divide.
         """
-        asked, mesh = (tokens, mask, keys), meshes.mesh_of(variables)
-        if mesh is not None:
-            asked = meshes.place(asked, meshes.batch_shardings(asked, mesh))
+        asked = meshes.place_beside(variables, (tokens, mask, keys))
         made = generate(
             self.decoder, variables, *asked, max_new=self.max_new, temperature=self.temperature,
             top_p=self.top_p, stop=self.stop, prefix=self.prefix,
@@ -167,8 +165,7 @@ def sample_fanouts(
         raise InputError("queries", problem, "ask for one or more")
     tokens, mask = policy.asked(queries)
     keys = jax.random.split(key, len(tokens))
-    mesh = meshes.mesh_of(variables)
-    parts = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = meshes.parts_beside(variables)
     batch = parts * -(-min(batch, len(tokens)) // parts)
     answers: list[Answer] = []
     progress = Progress("answers", len(tokens), apart=10.0) if len(tokens) > batch else None

@@ -25,6 +25,7 @@ from genret.diffusion.dit import DiT
 from genret.diffusion.retriever import Retriever
 from genret.r4t.prompts import K
 from genret.r4t.synthesis import SyntheticSets
+from genret.training.rows import ByRow
 from genret.training.stage import Stage
 from genret.types import Array, Batch, Condition, Draw, InputError, PyTree, Terms
 
@@ -123,13 +124,17 @@ def make_stage(
     def draw(step: int, _: PyTree) -> SetBatch:
         rng = np.random.default_rng([seed, step])
         at = kept[rng.integers(len(kept), size=batch)]
-        target = np.pad(sets.take(at), ((0, 0), (0, more), (0, 0)))
-        present = np.pad(sets.present[at], ((0, 0), (0, more)))
+        order = np.broadcast_to(np.arange(rows), (batch, rows))
         if model.row_positions:
-            order = rng.permuted(np.broadcast_to(np.arange(rows), (batch, rows)), axis=1)
-            target = np.take_along_axis(target, order[..., None], 1)
-            present = np.take_along_axis(present, order, 1)
-        return SetBatch(np.asarray(queries[sets.query[at]], np.float32), target, present)
+            order = rng.permuted(order, axis=1)
+
+        def target(of: np.ndarray) -> np.ndarray:
+            found = np.pad(sets.take(at[of]), ((0, 0), (0, more), (0, 0)))
+            return np.take_along_axis(found, order[of][..., None], 1)
+
+        present = np.take_along_axis(np.pad(sets.present[at], ((0, 0), (0, more))), order, 1)
+        query = ByRow((batch, queries.shape[1]), lambda of: queries[sets.query[at[of]]])
+        return SetBatch(query, ByRow((batch, rows, sets.width), target), present)
 
     def loss(params: PyTree, frozen: edm.Space, batch: SetBatch, draw: Draw) -> Terms:
         present = batch.present if padded else None

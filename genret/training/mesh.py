@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 
@@ -11,6 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from genret.training.rows import ByRow, read_all
 from genret.types import Array, InputError, PyTree
 
 AXES = ("data", "fsdp", "tensor")
@@ -76,7 +78,8 @@ def gathered(tree: PyTree) -> PyTree:
 
 
 def place(tree: PyTree, target: PyTree) -> PyTree:
-    """Arrays onto the mesh; every process passes the same global ones and copies its own rows."""
+    """Arrays onto the mesh; every process passes the same global ones and copies its own rows, which of a
+    `ByRow` are all that it reads."""
 
     def one(x, s):
         # From this process to several, `device_put` would first compare all of it between them.
@@ -84,8 +87,13 @@ def place(tree: PyTree, target: PyTree) -> PyTree:
             return jax.device_put(x, s)
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return jax.random.wrap_key_data(one(jax.random.key_data(x), s))
-        x = np.asarray(x)
-        return jax.make_array_from_callback(x.shape, s, lambda index: x[index])
+        if not isinstance(x, ByRow):
+            x = np.asarray(x)
+        read = functools.lru_cache(None)(lambda at: x[tuple(slice(*part) for part in at)])
+        # Devices along the tensor axis ask for the same rows. (Slices cannot be hashed before Python 3.12.)
+        return jax.make_array_from_callback(
+            x.shape, s, lambda at: read(tuple((part.start, part.stop) for part in at))
+        )
 
     return jax.tree.map(one, tree, target)
 
@@ -93,6 +101,19 @@ def place(tree: PyTree, target: PyTree) -> PyTree:
 def mesh_of(tree: PyTree) -> Mesh | None:
     """The mesh that holds the arrays of a tree, if they are on one."""
     return getattr(getattr(jax.tree.leaves(tree)[0], "sharding", None), "mesh", None)
+
+
+def parts_beside(params: PyTree) -> int:
+    """Into how many parts the devices that hold `params` split a batch: 1 where they are on no mesh."""
+    mesh = mesh_of(params)
+    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def place_beside(params: PyTree, rows: PyTree) -> PyTree:
+    """Rows [B, ...] for a program that reads `params`, over the devices of their mesh; B must divide by
+    `parts_beside`. Where they are on no mesh, the rows are read and left where they are."""
+    mesh = mesh_of(params)
+    return read_all(rows) if mesh is None else place(rows, batch_shardings(rows, mesh))
 
 
 def whole(tree: PyTree, mesh: Mesh) -> PyTree:

@@ -17,7 +17,7 @@ class Stage:
 
     init: key -> parameters.
     loss: (params, frozen, batch, draw) -> Terms, per example.
-    batch: (step, params) -> pytree of numpy arrays with leading axis B. A pure function of its
+    batch: (step, params) -> pytree of numpy arrays, or `ByRow`, with leading axis B. A pure function of its
         arguments, so there is no iterator state to save and resuming is `range(state.step, steps)`;
         on-policy stages read `params`, offline ones ignore them.
     frozen: arrays the loss reads and nothing updates: normaliser, reference model.

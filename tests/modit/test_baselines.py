@@ -11,6 +11,7 @@ from genret.modit.density import Labels
 from genret.modit.memory import make_memory
 from genret.modit.protocol import Contexts, Searcher
 from genret.retrieval.index import ExactIndex
+from genret.training.rows import read_all
 
 ALPHAS = (0.1, 10.0)
 
@@ -121,7 +122,7 @@ def test_predictor_step_and_steering_bring_the_attribute(base, test_contexts):
 def test_ridge_is_sklearns(fitted, monkeypatch):
     drawn = []
     draw = bl.tail_batch
-    monkeypatch.setattr(bl, "tail_batch", lambda *a: drawn.append(draw(*a)) or drawn[-1])
+    monkeypatch.setattr(bl, "tail_batch", lambda *a: drawn.append(read_all(draw(*a))) or drawn[-1])
     weights = bl.fit_ridge(fitted.data, seeds=8, alphas=ALPHAS, batches=2, size=512)
     assert len(drawn) == 2 and set(weights) == set(ALPHAS)
     context = np.concatenate([b.condition.context for b in drawn]).astype(np.float64)

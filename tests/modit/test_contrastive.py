@@ -16,6 +16,7 @@ from genret.retrieval.index import ExactIndex
 from genret.retrieval.metrics import judge
 from genret.retrieval.ranking import rank
 from genret.training.loop import FitOptions
+from genret.training.rows import read_all
 
 X = np.array([[1, 0], [0.96, 0.28], [0.8, 0.6]], np.float32)
 
@@ -77,7 +78,7 @@ def test_loss_of_three_items_by_hand(captured, monkeypatch, tmp_path):
     )
     np.testing.assert_allclose(encode(X, np.zeros(3, int)), X, atol=1e-6)
     stage = captured["stage"]
-    batch = stage.batch(0, None)
+    batch = read_all(stage.batch(0, None))
     np.testing.assert_allclose(batch["x"], X[:1])  # the one item of the low half
     terms = jax.jit(stage.loss)(captured["params"], stage.frozen, batch, None)
     # 0 is a positive too, but it is the seed: log(1 + e^-3.2) over 1 and 2.
@@ -90,7 +91,7 @@ def test_batches_are_functions_of_their_step_and_find_cell_positives(captured, w
     options = dict(seeds=4, batch=19, corpus=1000, temperature=0.05)
     contrastive.fit_contrastive(data, data.has, tmp_path, FitOptions(1), **options)
     stage = captured["stage"]
-    one, two, other = stage.batch(3, None), stage.batch(3, {"a": 1}), stage.batch(4, None)
+    one, two, other = map(read_all, (stage.batch(3, None), stage.batch(3, {"a": 1}), stage.batch(4, None)))
     assert jax.tree.all(jax.tree.map(np.array_equal, one, two))
     assert not np.array_equal(one["x"], other["x"])
     np.testing.assert_array_equal(stage.frozen["corpus"], data.train)

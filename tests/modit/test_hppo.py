@@ -22,6 +22,7 @@ from genret.retrieval.index import ExactIndex, scann_index
 from genret.retrieval.ranking import rank
 from genret.training.loop import FitOptions, draw_for, fit
 from genret.training.mesh import make_mesh
+from genret.training.rows import read_all
 from genret.types import InputError
 
 K, SEEDS, STEPS = 10, 8, 3  # of a ranking, a context and a round
@@ -259,7 +260,7 @@ def test_a_batch_is_rows_of_its_rounds_pairs(whole, parts, fitted):
     stage, _, calls = parts(fitted, folder / "pairs")
     x = fitted.data.embeddings
     for step in (1, 4, 2, 1):  # pairs of either round, in any order
-        batch, again = (stage.batch(step, None) for _ in range(2))
+        batch, again = (read_all(stage.batch(step, None)) for _ in range(2))
         assert leaves_equal(batch, again) and batch.fresh is None
         batch, found = batch.pairs, read(folder, step // STEPS)
         assert batch.winner.shape == batch.loser.shape == (16, 1, 128) and (batch.weight == 1).all()
@@ -282,10 +283,10 @@ def test_the_retrieval_term_is_that_of_fresh_contexts(whole, parts, fitted, retr
     _, refresh, _ = parts(fitted, folder / "pairs")
     options = dict(preference=Preference(beta=0.5, draws=2), batch=8, fresh=2)
     stage = hppo.make_hppo_stage("hppo", retriever, space, reference, refresh, retrieval=term, **options)
-    batch, data = stage.batch(1, None), fitted.data
+    batch, data = read_all(stage.batch(1, None)), fitted.data
     plain = hppo.make_hppo_stage("hppo", retriever, space, reference, refresh, **options)
     assert leaves_equal(batch.pairs, plain.batch(1, None).pairs) and "table" not in plain.frozen
-    assert leaves_equal(batch, stage.batch(1, None))
+    assert leaves_equal(batch, read_all(stage.batch(1, None)))
     assert not leaves_equal(batch.fresh, stage.batch(2, None).fresh)
     np.testing.assert_array_equal(stage.frozen["corpus"], data.train)
     draw, loss = draw_for(0, jnp.int32(0), 8), jax.jit(stage.loss)

@@ -14,6 +14,7 @@ from genret.modit import baselines, stages
 from genret.modit import density as dn
 from genret.training.checkpoint import restore_params
 from genret.training.loop import FitOptions
+from genret.training.rows import read_all
 
 STEPS = FitOptions(6, warmup=1, log_every=1)
 
@@ -82,8 +83,9 @@ def test_spaces_batches_and_ridge_are_the_same(both, molecules):
     retriever = Retriever(make_dit("test", embedding=molecules.width, domains=4, max_context=15))
     term = stages.RetrievalTerm(1.0, 0.05, 512)
     directions = np.zeros((5, molecules.width), np.float32)
-    for name, draw in stages.DRAWS.items():
-        batches = [draw(np.random.default_rng(0), f.data, 256, 8) for f in (one, two)]
+    for name in stages.STAGES:
+        drawn = [stages.draw_batch(name, np.random.default_rng(0), f.data, 256, 8) for f in (one, two)]
+        batches = read_all(drawn)
         same(*batches)
         spaces = [edm.fit_space(b.condition, b.target, directions, per_coordinate=True) for b in batches]
         same(*spaces)
@@ -92,7 +94,7 @@ def test_spaces_batches_and_ridge_are_the_same(both, molecules):
                 stages.make_stage(name, retriever, spaces[0], f.data, batch=64, length=8, **options)
                 for f in (one, two)
             ]
-            same(*(s.batch(3, None) for s in made))
+            same(*read_all([s.batch(3, None) for s in made]))
     same(*(baselines.fit_ridge(f.data, seeds=8, batches=1, size=256) for f in (one, two)))
 
 

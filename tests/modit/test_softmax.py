@@ -12,6 +12,7 @@ from genret.diffusion.retriever import Retriever
 from genret.modit import stages
 from genret.modit.softmax import make_corpus, multi_positive_softmax
 from genret.training.loop import accumulate, draw_for
+from genret.training.rows import read_all
 
 
 def corpus_of(rows, items=None):
@@ -82,7 +83,7 @@ def test_microbatches_change_nothing_in_sft(world):
     term = stages.RetrievalTerm(1.0, 0.1, 64)
     stage = stages.make_stage("sft", retriever, space, data, batch=16, length=8, retrieval=term)
     frozen = jax.tree.map(jnp.asarray, stage.frozen)
-    params, batch = retriever.init(jax.random.key(0)), stage.batch(0, None)
+    params, batch = retriever.init(jax.random.key(0)), read_all(stage.batch(0, None))
     draw = draw_for(0, jnp.int32(0), 16)
     one, four = (
         jax.jit(lambda p, b, parts=parts: accumulate(stage, p, frozen, b, draw, parts))(params, batch)

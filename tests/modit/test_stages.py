@@ -15,6 +15,7 @@ from genret.modit import stages
 from genret.modit import trajectories as tr
 from genret.modit.softmax import LEAST_POSITIVES
 from genret.training.loop import draw_for
+from genret.training.rows import read_all
 from genret.types import Condition, InputError
 
 D, M = 4, 2  # of `world`
@@ -28,7 +29,8 @@ def stage_of():
     space = edm.Space(jnp.full(D, 0.5), jnp.zeros((M + 1, D)))
 
     def make(name, data, *, batch=32, length=8, **options):
-        return stages.make_stage(name, retriever, space, data, batch=batch, length=length, **options)
+        made = stages.make_stage(name, retriever, space, data, batch=batch, length=length, **options)
+        return dataclasses.replace(made, batch=lambda *at: read_all(made.batch(*at)))
 
     return make
 
@@ -46,7 +48,8 @@ def rows_of(data, x):
 def test_next_item_by_hand(world):
     data = world([6])
     walks = np.array([[3, 1, 2, 0], [0, 4, -1, -1], [5, 2, 4, 1]])
-    batch = stages.next_item(data, walks, np.array([2, 1, 3]), np.array([0, 1, NULL]))
+    walks = stages.Walks(walks, np.array([2, 1, 3]), np.array([0, 1, NULL]))
+    batch = read_all(stages.next_item(data, walks))
     np.testing.assert_array_equal(rows_of(data, batch.target[:, 0]), [2, 4, 1])
     context = rows_of(data, batch.condition.context)
     np.testing.assert_array_equal(context, [[3, 1, -1], [0, -1, -1], [5, 2, 4]])
@@ -97,18 +100,12 @@ def test_cells_smaller_than_a_walk_never_make_a_target_of_padding(world, stage_o
     assert (data.density[batch.condition.domain, target] >= best).all()
 
 
-@pytest.fixture
-def walks_of(monkeypatch):
-    """(order, data) -> (walks i32[B, T], the places of the targets, domains) of one batch of CPT."""
-    monkeypatch.setattr(stages, "next_item", lambda data, walks, at, domain: (walks, at, domain))
-
-    def make(order, data, size=200, length=10):
-        return stages.ordered_batch(np.random.default_rng(4), data, size, length, order)
-
-    return make
+def walks_of(order, data, size=200, length=10):
+    """(walks i32[B, T], the places of the targets, domains) of one batch of CPT."""
+    return stages.ordered_walks(np.random.default_rng(4), data, size, length, order)
 
 
-def test_the_orders_walk_over_the_very_same_items(world, walks_of):
+def test_the_orders_walk_over_the_very_same_items(world):
     data = world([3, 20, 5, 12, 4])  # cells that are smaller than a walk among them
     rising, at, domain = walks_of("ascending", data)
     shuffled, somewhere, _ = walks_of("shuffled", data)
@@ -341,7 +338,7 @@ def test_the_card_names_what_must_agree(world, stage_of):
 
 def test_condition_blanks_padding_whatever_its_row_holds():
     x = np.array([[1, 0], [0, 1], [-1, 0]], np.float32)
-    c = stages.condition(x, np.array([[0, -1], [2, 1]]), np.array([0, 1]))
+    c = read_all(stages.condition(x, np.array([[0, -1], [2, 1]]), np.array([0, 1])))
     assert isinstance(c, Condition)
     np.testing.assert_array_equal(c.context, [[[1, 0], [0, 0]], [[-1, 0], [0, 1]]])
     np.testing.assert_array_equal(c.mask, [[True, False], [True, True]])

@@ -16,6 +16,7 @@ from genret.r4t import stages
 from genret.r4t.fanout import SetRetriever
 from genret.training.loop import FitOptions, draw_for, fit
 from genret.training.mesh import make_mesh, shardings
+from genret.training.rows import read_all
 from genret.types import InputError
 
 B, K, D = 4, 5, 8
@@ -193,7 +194,7 @@ def test_diffusion_in_a_few_directions_reads_and_draws_whole_embeddings(sets_of,
     retriever = Retriever(stages.set_dit("test", embedding=D, rows=K, dims=3))
     params = moved(retriever, 0.05)
     stage = stages.make_stage("set", retriever, space, sets, queries, batch=32)
-    batch, draw = stage.batch(0, None), draw_for(0, jnp.int32(0), 32)
+    batch, draw = read_all(stage.batch(0, None)), draw_for(0, jnp.int32(0), 32)
     outside = np.linalg.svd(np.asarray(space.basis).T)[2][-1]
     other = batch.replace(target=batch.target + 0.3 * outside)
     loss = jax.jit(stage.loss)
@@ -234,10 +235,10 @@ def test_batches_hold_the_sets_of_their_queries_best_first_and_are_functions_of_
     sets, queries = sets_of(targets, query, reward=reward), units(2, 8, D)
     retriever = Retriever(stages.set_dit("test", embedding=D, rows=K))
     stage = stages.make_stage("set", retriever, edm.plain_space(D, 0), sets, queries, batch=64, keep_top=0.2)
-    batch = stage.batch(3, None)
-    again = stage.batch(3, None)
+    batch = read_all(stage.batch(3, None))
+    again = read_all(stage.batch(3, None))
     np.testing.assert_array_equal(batch.target, again.target)
-    assert np.abs(batch.target - stage.batch(4, None).target).max() > 0.1
+    assert np.abs(batch.target - np.asarray(stage.batch(4, None).target)).max() > 0.1
     found = [int(np.flatnonzero((np.abs(targets - t) < 1e-5).all((1, 2)))[0]) for t in batch.target]
     best = {q: max(range(5 * q, 5 * q + 5), key=lambda i: reward[i]) for q in range(8)}
     assert set(found) == set(best.values())  # the best of the five of each query, and no other
@@ -251,7 +252,7 @@ def test_the_papers_block_sees_every_row_at_every_place(sets_of):
     stage = stages.make_stage(
         "set", retriever, edm.plain_space(D, 0), sets, units(2, 2, D), batch=4000, rows=K + 1
     )
-    batch = stage.batch(0, None)
+    batch = read_all(stage.batch(0, None))
     target, present = np.asarray(batch.target), np.asarray(batch.present)
     assert set(present.sum(1)) == {3, K} and not target[~present].any()
     stored = sets.take(np.arange(2))
