@@ -160,7 +160,8 @@ def same_run(config: ConfigDict, arrays: Sequence[np.ndarray], workdir: Path) ->
     new = json.loads(config.to_json_best_effort())
     new["environment"] = {name: version(name) for name in ("jax", "flax")}
     new["environment"] |= {"device": jax.devices()[0].device_kind, "devices": jax.device_count()}
-    new["catalogue_digest"] = _digest(arrays)
+    # Process 0 reads them all, so that the others need not.
+    new["catalogue_digest"] = processes.agreed("digest", _digest(arrays) if processes.is_writer() else None)
     path = workdir / "config.json"
     workdir.mkdir(parents=True, exist_ok=True)
     if path.exists():

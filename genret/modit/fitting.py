@@ -1,6 +1,7 @@
 """Everything fitted before the first stage: labels, predictor, density, latent cells, tails, probes.
 
-All of it sees training items only; it is written once per run to `fitted/` and read back after.
+All of it sees training items only; process 0 writes it once per run, to `labels/` and `fitted/`, and all
+processes map it.
 """
 
 from __future__ import annotations
@@ -57,24 +58,23 @@ def prepare(
     mesh: Mesh | None = None,
     say: Callable[[str], None] = print,
 ) -> Fitted:
-    """Fit, or read back what an earlier call with the same options wrote to `workdir`/fitted."""
+    """Fit, or read back what an earlier call with the same options wrote to `workdir`."""
     options = dict(budget=budget, k=k, cells=cells, neighbours=neighbours, tail_share=tail_share)
     options |= dict(
         tail_least=tail_least, seed=seed, items=catalogue.num_items, train=int(splits.train.sum())
     )
-    folder = workdir / "fitted"
-    arrays = _read(folder, options)
-    if arrays is None:
-        labels = dn.buy_labels(catalogue, splits.train, budget=budget, k=k, seed=seed)
-    else:
-        labels = _bought(arrays)
+
+    def bought() -> dict[str, np.ndarray]:
+        return vars(dn.buy_labels(catalogue, splits.train, budget=budget, k=k, seed=seed))
+
+    labels = dn.Labels(**_made_once(workdir / "labels", options, bought))
     fitted = dn.fit_predictor(catalogue, labels, workdir / "predictor", predictor, mesh=mesh)
-    if arrays is None:
+
+    def fit() -> dict[str, np.ndarray]:
         say("fitting linear probes, latent cells and the neighbour table")
-        found = (catalogue, splits, labels, fitted, cells, neighbours, seed, index)
-        processes.once("fitted", lambda: _write(folder, _fit(*found), options))
-        arrays = _read(folder, options)
-        labels = _bought(arrays)
+        return _fit(catalogue, splits, labels, fitted, cells, neighbours, seed, index)
+
+    arrays = _made_once(workdir / "fitted", options, fit)
     found = tr.Cells(arrays["members"], arrays["membership"], arrays["run"])
     # Labelled density where an item was probed, predicted density elsewhere.
     known = arrays["predicted"].copy()
@@ -97,18 +97,24 @@ def _fit(catalogue, splits, labels, predictor, cells, neighbours, seed, index) -
     normals, intercepts = dn.linear_probes(catalogue, labels)
     found = tr.fit_cells(catalogue.embeddings, splits.train, seed=seed, **cells)
     return {
-        "probes": labels.probes, "positives": labels.positives, "trials": labels.trials,
-        "seen": labels.seen, "predicted": predictor.density(catalogue.embeddings),
-        "normals": normals, "intercepts": intercepts, "members": found.members,
-        "membership": found.membership, "run": found.run,
+        "predicted": predictor.density(catalogue.embeddings), "normals": normals, "intercepts": intercepts,
+        "members": found.members, "membership": found.membership, "run": found.run,
         "neighbours": tr.neighbour_table(
             catalogue.embeddings, splits.train, k=neighbours, index=index
         ),
     }  # fmt: skip
 
 
-def _bought(arrays: dict[str, np.ndarray]) -> dn.Labels:
-    return dn.Labels(*(arrays[n] for n in ("probes", "positives", "trials", "seen")))
+def _made_once(folder: Path, options: dict, make: Callable[[], dict]) -> dict[str, np.ndarray]:
+    """The arrays of `folder`, made by process 0 where there are none of these options."""
+
+    def found() -> dict[str, np.ndarray]:
+        if (arrays := _read(folder, options)) is None:
+            _write(folder, make(), options)
+            arrays = _read(folder, options)
+        return arrays
+
+    return processes.first(folder.name, found)
 
 
 def _read(folder: Path, options: dict) -> dict[str, np.ndarray] | None:

@@ -42,8 +42,7 @@ class Index(Protocol):
 class ExactIndex:
     """Exhaustive f32 search: a blocked matmul, two-stage top-k, and one merge over the mesh.
 
-    embeddings: float[N, D], any finite values; of a np.memmap blocks are read to check it, and then the rows
-        of the devices that are here.
+    embeddings: float[N, D], any finite values; the rows of the devices that are here are read and checked.
     mesh: all its devices share the corpus, whatever the axes are called, and the ids are the same
         for every mesh; None: the first device of this process.
     query_block, corpus_block: largest block of either; peak memory on a device is about
@@ -62,7 +61,7 @@ class ExactIndex:
         query_block: int = 1024,
         corpus_block: int = 65_536,
     ):
-        embeddings = _checked_embeddings(embeddings)
+        embeddings = _checked_matrix(embeddings)
         self.num_items, self.width = embeddings.shape
         self.mesh = Mesh(np.array(jax.local_devices()[:1]), ("corpus",)) if mesh is None else mesh
         self.query_block = max(query_block, MIN_QUERIES)
@@ -76,6 +75,7 @@ class ExactIndex:
             rows = np.zeros((stop - start, self.width), np.float32)
             real = embeddings[start:stop]
             rows[: len(real)] = real
+            _check_finite(rows, start)
             return rows
 
         sharding = NamedSharding(self.mesh, P(self.mesh.axis_names))
@@ -229,7 +229,8 @@ def scann_index(
         problem = "ScaNN cannot be imported (it has wheels for Linux, none for macOS or Windows)"
         fix = "Use the exact index, or on Linux: pip install 'scann>=1.4.2'"
         raise InputError("index", problem, fix) from error
-    embeddings = np.ascontiguousarray(_checked_embeddings(embeddings), np.float32)
+    embeddings = np.ascontiguousarray(_checked_matrix(embeddings), np.float32)
+    _check_finite(embeddings)
     n, threads = len(embeddings), os.cpu_count() or 1
     _check_k(k, n)
     if num_leaves is None:
@@ -282,17 +283,20 @@ def recall_by_score(scores: np.ndarray, exact_scores: np.ndarray, tolerance: flo
     return float((scores >= exact_scores[:, -1:] - tolerance).mean())
 
 
-def _checked_embeddings(embeddings: np.ndarray) -> np.ndarray:
+def _checked_matrix(embeddings: np.ndarray) -> np.ndarray:
     embeddings = np.asarray(embeddings)
     if embeddings.ndim != 2 or 0 in embeddings.shape or embeddings.dtype.kind != "f":
         problem = f"{embeddings.dtype}{list(embeddings.shape)} is not float[N, D]"
         raise InputError("embeddings", problem, "Pass one row per item.")
-    for start in range(0, len(embeddings), 65_536):  # a memory map is never read whole
-        bad = ~np.isfinite(embeddings[start : start + 65_536]).all(axis=1)
-        if bad.any():
-            row = start + int(bad.argmax())
-            raise InputError("embeddings", f"row {row} is not finite", "Drop or repair that item.")
     return embeddings
+
+
+def _check_finite(rows: np.ndarray, first: int = 0) -> None:
+    for start in range(0, len(rows), 65_536):  # the mask of all rows would be as long as they are
+        bad = ~np.isfinite(rows[start : start + 65_536]).all(axis=1)
+        if bad.any():
+            row = first + start + int(bad.argmax())
+            raise InputError("embeddings", f"row {row} is not finite", "Drop or repair that item.")
 
 
 def _checked_queries(queries: np.ndarray, width: int, k: int, num_items: int) -> np.ndarray:

@@ -29,6 +29,10 @@ def test_one_process_needs_nobody():
 
 def test_process_0_writes_and_speaks_and_the_others_read(tmp_path):
     body = """
+import numpy as np
+from genret.retrieval.index import ExactIndex
+from genret.training.mesh import batch_shardings, place
+from genret.training.rows import ByRow
 path = workdir / "made"
 processes.once("file", lambda: time.sleep(.3) or path.write_text(str(index)))
 assert path.read_text() == "0"
@@ -43,6 +47,17 @@ rows = jax.make_array_from_callback(
 )
 whole = local({"rows": rows, "own": jnp.ones(1)})
 assert whole["rows"].is_fully_addressable and whole["rows"].tolist() == [[1.0] * 3, [2.0] * 3]
+read = []
+def look_up(at):
+    read.extend(at.tolist())
+    return np.full((len(at), 3), at[:, None])
+mesh = make_mesh()
+batch = place({"rows": ByRow((6, 3), look_up)}, batch_shardings({"rows": np.zeros((6, 3))}, mesh))
+assert read == [3 * index, 3 * index + 1, 3 * index + 2], read
+assert local(batch)["rows"].tolist() == [[float(i)] * 3 for i in range(6)]
+half = np.ones((300, 2), np.float32)
+half[299 * (1 - index)] = np.nan  # where the other process looks
+ExactIndex(half, mesh=mesh)
 print("a line for people")
 """
     out = together(command(body, tmp_path))
