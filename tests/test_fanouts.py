@@ -83,6 +83,21 @@ def test_the_warm_start_takes_several_parts_of_a_reference_set():
     assert len({frozenset(part) for _, part in pairs}) > 2  # not one part twelve times
 
 
+def test_each_reward_is_trained_from_the_averaged_warm_start():
+    fitted = []
+
+    def fit(folder, stage, begin):
+        fitted.append((folder, stage, begin))
+        return SimpleNamespace(params=f"last of {folder}", ema=f"average of {folder}")
+
+    run = SimpleNamespace(warm_stage=lambda: "warm stage", start="base", tuned=["folm", "other"], _fit=fit)
+    run.policy_stage = lambda folder, warm: (folder, warm)
+    r4t.FanoutRun.train_policy(run)
+    average = "average of warm"  # the one that the table evaluates
+    assert fitted[0] == ("warm", "warm stage", "base")
+    assert fitted[1:] == [(name, (name, average), average) for name in ("folm", "other")]
+
+
 def test_soft_coverage_is_of_the_contents_found():
     references = [np.array(r, np.int32) for r in ([0, 1], [2], [1])]
     rows = np.array([[[0.8, 0.6], [0.9, 0.1]], [[1, 0], [0, 1]], [[0, 0], [0, 0]]], np.float32)
@@ -207,6 +222,21 @@ def test_latency_is_told_with_the_encoding_and_without_and_a_batch_too_large_is_
 
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         fanouts.time_run(run, tmp_path / "other.jsonl")
+
+
+@pytest.mark.parametrize("references, depth", [(None, 1), ([np.array([0, 2])] * 3, 3)])
+def test_latency_includes_a_search_as_deep_as_the_scores(tmp_path, monkeypatch, references, depth):
+    run, searched = small_run(references, repeats=1), []
+    run.config.evaluation.update(latency=(2,), depth=3)
+    search = lambda queries, k: searched.append(k) or ExactIndex.search(index, queries, k)  # noqa: E731
+    index, run.index = run.index, SimpleNamespace(search=search)
+    line = fanouts.FanoutMethod(
+        fanouts.FOLM, lambda rows, _: fanouts.Fanout(np.stack([run.data.embeddings[:2]] * len(rows))),
+        calls="tokens",
+    )  # fmt: skip
+    monkeypatch.setattr(fanouts, "all_methods", lambda _: [line])
+    fanouts.time_run(run, tmp_path / "latency.jsonl")
+    assert searched == [depth] * 2  # contents of the answer, or as many as recall counts
 
 
 def test_wrong_arguments_are_named(tmp_path):

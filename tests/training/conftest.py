@@ -18,7 +18,7 @@ class Toy:
     def __init__(self, width=8):
         self.width = width
 
-    def fit(self, folder, meanwhile=lambda step: None, card=None):
+    def fit(self, folder, meanwhile=lambda step: None, card=None, log_every=2):
         """meanwhile(step) is called when the batch of that step is drawn."""
 
         def batch(step, _):
@@ -30,7 +30,7 @@ class Toy:
             loss=lambda p, _, b, d: Terms(jnp.sum((b["x"] @ p["kernel"] - 1) ** 2, -1), jnp.ones(4)),
             batch=batch, rules=(("", P()),), card=card or {"width": self.width},
         )  # fmt: skip
-        options = FitOptions(steps=8, warmup=2, log_every=2, save_every=3, keep=2)
+        options = FitOptions(steps=8, warmup=2, log_every=log_every, save_every=3, keep=2)
         return jax.device_get(fit(stage, folder, options, mesh=make_mesh(devices=jax.devices()[:1])))
 
 

@@ -59,6 +59,16 @@ def test_on_the_last_step_and_while_a_checkpoint_is_written(toy, undisturbed, tm
         assert bits(toy.fit(tmp_path / str(at))) == bits(undisturbed[0])
 
 
+def test_several_processes_ask_as_often_as_a_line_is_logged(toy, tmp_path, monkeypatch):
+    """A rollout is a step, and minutes; of quick steps every eighth is soon enough."""
+    asked = []
+    monkeypatch.setattr(preemption, "due", lambda every=0: asked.append(every))
+    toy.fit(tmp_path / "two")
+    toy.fit(tmp_path / "one", log_every=1)
+    toy.fit(tmp_path / "many", log_every=50)
+    assert [every for every in asked if every] == [2] * 8 + [1] * 8 + [8] * 8
+
+
 def test_elsewhere_it_ends_at_once_and_no_handler_of_errors_stops_it(tmp_path):
     with pytest.raises(Preempted):
         try:
