@@ -347,6 +347,9 @@ def test_a_whole_run_and_a_second_one_that_does_nothing(tmp_path):
     assert {(w["method"], w["batch"]) for w in latency} >= {("R4T-FOLM", 4), ("R4T-Diffusion", 4)}
     said = fanout_report.text_report(fanout_rows.read_fanouts(folder))
     assert "of R4T-FOLM over few-shot LM" in said and "the fan-out alone" in said
+    # The sampler's log-probabilities are those of training, on the real model as well.
+    logged = [json.loads(line) for line in open(folder / "seed_0" / "folm" / "metrics.jsonl")]
+    assert len(logged) == 2 and all(row["sampler_difference"] < 1e-4 for row in logged)
     # A second run finds everything done.
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.jsonl")}
     both()

@@ -196,7 +196,9 @@ class Rollouts:
         if self.reuse > 1:
             self._write(number, batch)
         row = {"rollout": number, "answers": size, "tokens": int(text.own.sum())}
-        row |= {"malformed": int((~scores.valid).sum()), "filtered_groups": int((~kept).sum())}
+        ended = (np.isin(text.tokens, self.policy.stop) & text.own).any(1)
+        row |= {"malformed": int((~scores.valid).sum()), "cut_short": int((~ended).sum())}
+        row["filtered_groups"] = int((~kept).sum())
         # Every step of the decoding reads all weights: no faster than memory gives them.
         read = sum(x.size for x in jax.tree.leaves(variables)) * jnp.dtype(self.policy.decoder.dtype).itemsize
         steps = int(text.own.sum(1).max())
@@ -246,7 +248,8 @@ def say(row: dict[str, Any]) -> None:
     means = ", ".join(f"{name} {row[name]:.3f} (std {row[name + '_std']:.3f})" for name in parts)
     print(
         f"rollout {row['rollout']}: reward {row['reward']:.4f}, {means}; {row['malformed']} of "
-        f"{row['answers']} answers malformed, {row['filtered_groups']} groups filtered; "
+        f"{row['answers']} answers malformed, {row['cut_short']} of max_new tokens without an end, "
+        f"{row['filtered_groups']} groups filtered; "
         f"{row['answers'] / sum(seconds):.1f} rollouts/s, {row['tokens'] / seconds[0]:.0f} tokens/s "
         f"({row['tokens'] / seconds[0] / row['bound_tokens_s']:.0%} of the memory-bandwidth bound), "
         f"rollout : reward : update {split}",

@@ -233,6 +233,8 @@ def test_a_rollout_is_a_pure_function_and_scores_what_was_written(warmed):
     for name, value in scores.summary().items():
         np.testing.assert_allclose(made.stats[name], value, rtol=1e-6)
     assert rows[0]["tokens"] == made.own.sum() and rows[0]["malformed"] == (~scores.valid).sum()
+    whole = [set(policy.stop) & set(t[own]) for t, own in zip(made.tokens, made.own, strict=True)]
+    assert rows[0]["cut_short"] == whole.count(set())
     assert rows[0]["update_s"] is None and rows[1]["update_s"] >= 0
     assert min(rows[1]["rollout_s"], rows[1]["reward_s"], rows[1]["bound_tokens_s"]) > 0
 
@@ -363,15 +365,15 @@ def test_a_prompt_without_a_shared_part_is_asked_too(warmed):
 
 def test_what_is_said_about_a_rollout(capsys):
     row = dict(
-        rollout=10, answers=32, tokens=960, malformed=3, filtered_groups=1, rollout_s=6.0, reward_s=1.0,
-        update_s=3.0, bound_tokens_s=640.0, reward=0.5, valid=0.9, diversity=0.25, diversity_std=0.125,
-        kept=0.9,
+        rollout=10, answers=32, tokens=960, malformed=3, cut_short=2, filtered_groups=1, rollout_s=6.0,
+        reward_s=1.0, update_s=3.0, bound_tokens_s=640.0, reward=0.5, valid=0.9, diversity=0.25,
+        diversity_std=0.125, kept=0.9,
     )  # fmt: skip
     training.say(row)
     training.say(row | {"rollout": 11})
     training.say(row | {"rollout": 0, "update_s": None})
     assert capsys.readouterr().out == (
-        "rollout 10: reward 0.5000, diversity 0.250 (std 0.125); 3 of 32 answers malformed, 1 groups "
-        "filtered; 3.2 rollouts/s, 160 tokens/s (25% of the memory-bandwidth bound), "
-        "rollout : reward : update 60 : 10 : 30\n"
+        "rollout 10: reward 0.5000, diversity 0.250 (std 0.125); 3 of 32 answers malformed, 2 of max_new "
+        "tokens without an end, 1 groups filtered; 3.2 rollouts/s, 160 tokens/s (25% of the memory-bandwidth "
+        "bound), rollout : reward : update 60 : 10 : 30\n"
     )
