@@ -60,8 +60,8 @@ def condition(queries: Array) -> Condition:
     """What a set model reads: no context, no domain, and the query f32[B, D] as the one row of memory."""
     batch, width = queries.shape
     return Condition(
-        jnp.zeros((batch, 0, width)), jnp.zeros((batch, 0), bool), jnp.zeros(batch, jnp.int32),
-        jnp.asarray(queries, jnp.float32)[:, None],
+        np.zeros((batch, 0, width), np.float32), np.zeros((batch, 0), bool), np.zeros(batch, np.int32),
+        queries[:, None].astype(np.float32),
     )  # fmt: skip
 
 

@@ -111,9 +111,9 @@ def parts_beside(params: PyTree) -> int:
 
 def place_beside(params: PyTree, rows: PyTree) -> PyTree:
     """Rows [B, ...] for a program that reads `params`, over the devices of their mesh; B must divide by
-    `parts_beside`. Where they are on no mesh, the rows are read and left where they are."""
+    `parts_beside`. Where there is but one device, the rows are read, and the program takes them to it."""
     mesh = mesh_of(params)
-    return read_all(rows) if mesh is None else place(rows, batch_shardings(rows, mesh))
+    return read_all(rows) if mesh is None or mesh.size == 1 else place(rows, batch_shardings(rows, mesh))
 
 
 def whole(tree: PyTree, mesh: Mesh) -> PyTree:
