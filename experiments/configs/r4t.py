@@ -23,7 +23,7 @@ from experiments.arguments import fit_options, parse, seeds
 from genret.types import InputError
 
 WARM = dict(weight_decay=0.0, ema_decay=0.9)
-RL = dict(warmup=1, weight_decay=0.0, ema_decay=0.0, log_every=1, save_every=5)
+RL = dict(warmup=4, weight_decay=0.0, ema_decay=0.0, log_every=1, save_every=5)
 DATA = ("words", "playlists", "fashion", "polyvore")
 # What a size has different from the demo's values, which are in the tree below.
 SIZES = {
@@ -130,7 +130,7 @@ def get_config(argument: str = "") -> ConfigDict:
         new_old=0.05,  # beta_1
         old_new=0.05,  # beta_2
         reference=0.0,  # weight of the KL to the warm start; the paper has none
-        fit=fit_options(8, 3e-4, **RL),
+        fit=fit_options(8, 1e-3, **RL),  # rate and warmup: chosen on 300 validation queries of words
     )
     c.synthesis = dict(
         queries=320,  # of training; 0 = all
