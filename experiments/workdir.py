@@ -30,7 +30,7 @@ NO_LOCKS = (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
 
 # Leaves of a config's sections that a later command of the same run may give otherwise.
 FREE = {"catalogue": ("folder",), "fanout": ("folder",)}
-FREE |= {"evaluation": ("part", "runs", "repeated", "latency", "few")}
+FREE |= {"evaluation": ("part", "runs", "repeated", "latency", "repeats", "few")}
 JOIN = ("seeds", "ablations", "mesh", "command", "environment")  # whole sections, likewise
 
 

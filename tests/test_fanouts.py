@@ -296,6 +296,7 @@ def test_a_run_may_be_evaluated_on_another_part_but_not_at_another_depth(tmp_pat
     config = configs.get_config("size=test")
     same_run(config, [], tmp_path)
     config.evaluation.part, config.evaluation.latency, config.fanout.folder = "validation", (1,), "elsewhere"
+    config.evaluation.repeats = 1
     same_run(config, [], tmp_path)
     config.evaluation.depth = 7
     with pytest.raises(InputError, match="another evaluation"):
