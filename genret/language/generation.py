@@ -17,7 +17,7 @@ from genret.language.decoder import Cache, Decoder, empty_cache
 from genret.types import Array, InputError, PyTree
 
 # Logits of at most so many (row, column) pairs exist at once in `token_log_probs`.
-_LOGIT_ROWS = 1024
+_LOGIT_ROWS = 256
 # Decoding goes on with the half that is left, where that is so many rows: below, a step costs little less.
 _FEWEST = 16
 
@@ -123,7 +123,7 @@ def token_log_probs(
     tokens: i32[B, L]. mask: bool[B, L], False at padding, on either side of a row. The result is 0 at
     padding, at a row's first token, and in columns before `start` (the length of a prompt, say: its logits
     are never formed). temperature: 0 reads as 1, as in `generate`. prefix: i32[F], tokens before every row,
-    read once. Differentiable; logits of 1,024 tokens at most exist at a time, in the backward pass too.
+    read once. Differentiable; logits of 256 tokens at most exist at a time, in the backward pass too.
     Raises InputError for shapes, a temperature or a start out of range.
     """
     if not temperature >= 0:
