@@ -16,7 +16,7 @@ from flax import struct, traverse_util
 from genret.language.decoder import Cache, Decoder, empty_cache
 from genret.types import Array, InputError, PyTree
 
-# Logits of at most so many (row, column) pairs exist at once in `token_log_probs`.
+# Logits of at most so many (row, column) pairs exist at once in `token_log_probs`: a CPU's cache holds these.
 _LOGIT_ROWS = 256
 # Decoding goes on with the half that is left, where that is so many rows: below, a step costs little less.
 _FEWEST = 16
