@@ -167,7 +167,7 @@ def get_config(argument: str = "") -> ConfigDict:
         pool=100,  # neighbours that re-ranking and clustering choose among
         depth=100,  # contents per direction, weakly supervised (B.8: 500)
         show=3,  # unseen queries printed side by side
-        latency=(1, 8),  # batch sizes timed; more may follow: 64 takes minutes, 1,024 a quarter of an hour
+        latency=(1, 8),  # batch sizes timed; larger ones may follow in another evaluation
         repeats=5,  # timings of each
     )
     c.update(SIZES[arg.size])

@@ -16,14 +16,14 @@ from genret.types import PyTree
 
 
 class ByRow:
-    """An array [B, ...] none of whose rows has been read.
+    """An array f32[B, ...] none of whose rows has been read.
 
-    shape, dtype: of the whole. read: i64[n] of its rows -> [n, ...], a pure function. Slicing the leading
+    shape: of the whole. read: i64[n] of its rows -> [n, ...], a pure function. Slicing the leading
     axis reads those rows, `np.asarray` all of them.
     """
 
-    def __init__(self, shape: tuple[int, ...], read: Callable[[np.ndarray], np.ndarray], dtype=np.float32):
-        self.shape, self.dtype, self.read = tuple(shape), np.dtype(dtype), read
+    def __init__(self, shape: tuple[int, ...], read: Callable[[np.ndarray], np.ndarray]):
+        self.shape, self.dtype, self.read = tuple(shape), np.dtype(np.float32), read
 
     @property
     def ndim(self) -> int:
