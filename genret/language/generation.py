@@ -18,6 +18,8 @@ from genret.types import Array, InputError, PyTree
 
 # Logits of at most so many (row, column) pairs exist at once in `token_log_probs`: a CPU's cache holds these.
 _LOGIT_ROWS = 256
+# Logits whose probabilities are summed as one when a token is drawn.
+_BLOCK = 256
 # Decoding goes on with the half that is left, where that is so many rows: below, a step costs little less.
 _FEWEST = 16
 
@@ -138,12 +140,7 @@ def token_log_probs(
         cache = _read_prefix(decoder, variables, prefix, batch, length)
         h, _ = decoder.apply(variables, tokens, mask, cache, method="hidden")
 
-    @jax.checkpoint
-    def of_columns(h: Array, target: Array) -> Array:  # [C, B, W], [C, B] -> [C, B]
-        logits = decoder.apply(variables, h, method="head") / (temperature or 1.0)
-        chosen = jnp.take_along_axis(logits, target[..., None], -1)[..., 0]
-        return chosen - jax.nn.logsumexp(logits, axis=-1)
-
+    head = functools.partial(_of_columns, decoder, temperature or 1.0, variables)
     count = length - start
     size = min(max(_LOGIT_ROWS // batch, 1), count)
     parts = -(-count // size)
@@ -154,10 +151,35 @@ def token_log_probs(
         return x.reshape(parts, size, *x.shape[1:])
 
     h, target = split(h[:, start - 1 : -1]), split(tokens[:, start:])
-    log_probs = jax.lax.map(lambda pair: of_columns(*pair), (h, target))  # [parts, size, B]
+    log_probs = jax.lax.map(lambda pair: head(*pair), (h, target))  # [parts, size, B]
     log_probs = log_probs.reshape(parts * size, batch)[:count].T
     known = mask & jnp.pad(mask[:, :-1], ((0, 0), (1, 0)))
     return jnp.where(known, jnp.pad(log_probs, ((0, 0), (start, 0))), 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _of_columns(decoder: Decoder, temperature: float, variables: PyTree, h: Array, target: Array) -> Array:
+    """ln softmax(head(h) / temperature) of the target: h f32[..., W], target i32[...] -> f32[...].
+
+    A row's gradient is made while its logits are there, so that they are formed once and never kept; those
+    of the head's own weights, where somebody wants them, form them again.
+    """
+    logits = decoder.apply(variables, h, method="head") / temperature
+    return jnp.take_along_axis(logits, target[..., None], -1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _of_columns_forward(decoder, temperature, variables, h, target):
+    value, pull = jax.vjp(lambda h: _of_columns.__wrapped__(decoder, temperature, variables, h, target), h)
+    return value, (variables, h, target, *pull(jnp.ones_like(value)))
+
+
+def _of_columns_backward(decoder, temperature, kept, g):
+    variables, h, target, slope = kept
+    _, pull = jax.vjp(lambda v: _of_columns.__wrapped__(decoder, temperature, v, h, target), variables)
+    return *pull(g), g[..., None] * slope, None
+
+
+_of_columns.defvjp(_of_columns_forward, _of_columns_backward)
 
 
 def _read_prefix(decoder: Decoder, variables: PyTree, prefix: Array | None, batch: int, room: int) -> Cache:
@@ -177,15 +199,29 @@ def _sample(logits: Array, key: Array, temperature: float, top_p: float) -> tupl
         probs = jnp.exp(log_probs)
         if top_p < 1:
             probs = jnp.where(probs >= nucleus(probs, top_p)[:, None], probs, 0)
-        # One uniform for each row: random bits for every logit would cost more than the matmuls.
-        total = jnp.cumsum(probs, axis=-1)
-        level = jax.vmap(jax.random.uniform)(key) * total.max(-1)
-        column = jnp.arange(logits.shape[-1], dtype=jnp.int32)
-        reached = (total > level[:, None]) & (probs > 0)
-        token = jnp.where(reached, column, logits.shape[-1] - 1).min(-1)
+        token = _drawn(probs, jax.vmap(jax.random.uniform)(key))
     else:
         token = jnp.argmax(logits, -1).astype(jnp.int32)
     return token, jnp.take_along_axis(log_probs, token[:, None], -1)[:, 0]
+
+
+def _drawn(probs: Array, level: Array) -> Array:
+    """The token i32[B] at which the running sum of probs f32[B, V] passes level f32[B] of its total.
+
+    One uniform for each row: random bits for every logit would cost more than the matmuls, and so would the
+    running sum of every logit. So whole blocks are summed, and one of them runs.
+    """
+    probs = jnp.pad(probs, ((0, 0), (0, -probs.shape[1] % _BLOCK)))
+    probs = probs.reshape(len(probs), -1, _BLOCK)
+    total = jnp.cumsum(probs.sum(-1), axis=-1)  # [B, V / block]
+    level = level * total[:, -1]
+    block = (total <= level[:, None]).sum(-1).clip(max=total.shape[1] - 1)[:, None]
+    inside = jnp.take_along_axis(probs, block[..., None], 1)[:, 0]  # [B, block]
+    before = jnp.where(block > 0, jnp.take_along_axis(total, (block - 1).clip(0), 1), 0)
+    reached = (before + jnp.cumsum(inside, -1) > level[:, None]) & (inside > 0)
+    # Where rounding keeps all of the block below the level: its most probable token.
+    column = jnp.where(reached.any(-1), reached.argmax(-1), inside.argmax(-1))
+    return (block[:, 0] * _BLOCK + column).astype(jnp.int32)
 
 
 def nucleus(probs: Array, top_p: float) -> Array:

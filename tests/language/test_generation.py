@@ -274,6 +274,22 @@ def test_draws_have_the_distribution_they_should(temperature, top_p):
     np.testing.assert_allclose(log_prob, np.log(probs)[np.asarray(token)], atol=1e-5)  # before top-p
 
 
+# Multiples of 1/2048: every sum of them is exact, so that a level between two of them has one answer.
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=700).filter(any), st.integers(0, 2**10 - 1))
+@settings(max_examples=60, deadline=None)
+def test_a_draw_is_where_the_running_sum_passes_its_level(counts, level):
+    """One block of 256, a part of one, several, and zeros across their borders."""
+    counts = np.zeros(700, int) + np.pad(counts, (0, 700 - len(counts)))
+    probs, level = (counts / 2048).astype(np.float32), np.float32(level / 2**10)
+    expected = np.searchsorted(np.cumsum(counts), float(level) * counts.sum(), side="right")
+    found = DRAWN(np.stack([probs, np.roll(probs, 1)]), np.array([level, level]))
+    assert found[0] == expected and counts[expected]
+    assert found[1] == expected + 1 or counts[-1]
+
+
+DRAWN = jax.jit(generation._drawn)
+
+
 def reference_threshold(probs, top_p):
     """The last probability of the shortest sorted head that reaches top_p."""
     ordered = np.sort(probs)[::-1]
