@@ -190,7 +190,7 @@ class Block(nn.Module):
             start = (0, 0, past[2], 0)
             k = jax.lax.dynamic_update_slice(past[0], k.astype(past[0].dtype), start)
             v = jax.lax.dynamic_update_slice(past[1], v.astype(past[1].dtype), start)
-        # Queries that read the same keys are rows of one product: a CPU is twice as fast at it as at five axes.
+        # Queries that read the same keys are rows of one product: twice as fast on a CPU as with five axes.
         q = q.reshape(batch, length, c.num_key_value_heads, groups, c.head_dim).transpose(0, 2, 3, 1, 4)
         q = q.reshape(batch, c.num_key_value_heads, groups * length, c.head_dim)
         scores = jnp.einsum("bhrd,bhtd->bhrt", q, k, preferred_element_type=jnp.float32)
