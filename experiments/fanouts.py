@@ -45,6 +45,12 @@ class Fanout:
     texts: list[list[str] | None] | None = None
     found: np.ndarray | None = None
 
+    def first(self, count: int) -> Fanout:
+        """Of the first `count` queries."""
+        return Fanout(
+            *(None if part is None else part[:count] for part in (self.vectors, self.texts, self.found))
+        )
+
 
 @dataclass(frozen=True)
 class FanoutMethod:
@@ -247,11 +253,12 @@ def evaluate_run(run: FanoutRun, results: Path, wanted: Callable[[str], bool]) -
     asked = [m for m in all_methods(run) if m.name not in done and wanted(m.name)]
     progress = Progress(f"evaluate seed {run.seed}", len(asked))
     for i, method in enumerate(asked):
-        seed = 10_000 * run.seed
-        first = method.run(rows, seed)
-        draws = [first.vectors[: len(again)]]
-        for n in range(1, e.runs):  # who does not draw would answer the same again
-            draws.append(method.run(again, seed + n).vectors if method.draws else draws[0])
+        # All draws at once: a batch of another size would be compiled. Who does not draw answers as before.
+        more = (e.runs - 1) * method.draws
+        made = method.run(np.concatenate([rows, *[again] * more]), 10_000 * run.seed)
+        first = made.first(len(rows))
+        draws = [first.vectors[: len(again)]] * (e.runs - more)
+        draws += np.split(made.vectors[len(rows) :], more) if more else []
         found = score(run, rows, first)
         row: dict[str, Any] = {"method": method.name, "data": run.data.name, "seed": run.seed}
         row |= {"part": e.part, "queries": len(rows), "runs": e.runs, "repeated": len(again)}

@@ -153,8 +153,9 @@ class FanoutRun:
 
     @functools.cached_property
     def policy(self) -> LanguagePolicy:
-        """What is trained: the short prompt, LoRA factors (or all weights)."""
-        return self.asked(prompts.SHORT, lora=bool(self.config.language.lora_rank))
+        """What is trained: the short prompt, LoRA factors (or all weights); it compiles for one width."""
+        made = self.asked(prompts.SHORT, lora=bool(self.config.language.lora_rank))
+        return dataclasses.replace(made, width=made.asked(self.data.queries)[0].shape[1])
 
     @property
     def start(self) -> PyTree:

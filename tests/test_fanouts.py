@@ -126,13 +126,15 @@ def small_run(references=None, **evaluation):
 
 
 def answers(run, calls):
-    """One method that draws and one that does not; `calls` notes which queries each is asked."""
+    """A method that draws, north alone where a query is asked again, and one that does not; `calls` notes
+    which queries each is asked."""
 
     def method(name, draws):
         def answer(rows, seed):
             calls.append((name, rows.tolist()))
-            turn = np.roll(run.data.embeddings[:2], seed if draws else 0, axis=0)
-            return fanouts.Fanout(np.stack([turn[:2]] * len(rows)))
+            both, seen = run.data.embeddings[:2], set()
+            made = [both[[1, 1]] if row in seen else seen.add(row) or both for row in rows.tolist()]
+            return fanouts.Fanout(np.stack(made))
 
         return fanouts.FanoutMethod(name, answer, draws)
 
@@ -147,16 +149,22 @@ def test_every_method_has_both_vendis_and_each_part_its_rows(tmp_path, monkeypat
     for part in ("test", "test", "validation"):  # the second has nothing to do
         run.config.evaluation.part = part
         fanouts.evaluate_run(run, path, lambda _: True)
-    asked = [("drawn", [0, 2]), ("drawn", [0]), ("drawn", [0]), ("fixed", [0, 2])]
-    assert calls == asked + [("drawn", [1])] * 3 + [("fixed", [1])]
+    assert calls == [
+        ("drawn", [0, 2, 0, 0]), ("fixed", [0, 2]), ("drawn", [1, 1, 1]), ("fixed", [1])
+    ]  # fmt: skip
     rows = read_rows(path)
     assert [(r["method"], r["part"]) for r in rows] == [
         ("drawn", "test"), ("fixed", "test"), ("drawn", "validation"), ("fixed", "validation")
     ]  # fmt: skip
+    east, north = np.eye(2, dtype=np.float32)
+    first, again = np.array([[east, north]]), np.array([[north, north]])
     for r in rows:
-        # The mean of east and north three times over is one of three; the rows are two of six.
-        assert (r["vendi_runs"], r["vendi_rows"]) == pytest.approx((1 / 3, 1 / 3))
+        drawn = fanouts.over_runs([first, again, again] if r["method"] == "drawn" else [first] * 3)
+        assert (r["vendi_runs"], r["vendi_rows"]) == pytest.approx(tuple(drawn.values()))
         assert (r["runs"], r["repeated"]) == (3, 1)
+        assert set(r["per_query"]["diversity"]) == {1.0}  # of the first draw
+    # The mean of east and north three times over is one of three; the rows are two of six.
+    assert (rows[1]["vendi_runs"], rows[1]["vendi_rows"]) == pytest.approx((1 / 3, 1 / 3))
     # Rows of runs before there were parts are of test queries.
     path.write_text("".join(json.dumps({k: v for k, v in r.items() if k != "part"}) + "\n" for r in rows[:2]))
     run.config.evaluation.part = "test"

@@ -155,10 +155,10 @@ def get_config(argument: str = "") -> ConfigDict:
     c.evaluation = dict(
         index="auto",  # exact, scann, or auto (ScaNN where it is installed)
         part="test",  # whose queries are asked, or validation; rows of the two stand side by side
-        queries=64,  # of the part; 0 = all
+        queries=56,  # of the part; 0 = all
         best_of=5,  # Best-of-N (papers' B.8: 5)
         runs=2,  # draws of a method, for Vendi over runs (B.8: 5)
-        repeated=8,  # the first queries, which are drawn again for it; 0 = all
+        repeated=8,  # the first queries, which are drawn again for it; 0 = all. 56 + 8: one batch of answers
         steps=256,  # of the faithful sampler, Euler-Maruyama
         few=("heun 8", "exponential 8", "exponential 16"),  # few-call lines; the last is exported
         levels=(0.1, 10.0),  # least and largest noise level of theirs

@@ -44,7 +44,8 @@ class LanguagePolicy:
 
     encode: text -> token ids. decode: token ids -> text. prompt: how it is asked. stop: ids that end an
     answer (`prompts.stop_tokens`). max_new: most tokens of an answer. k: most sub-queries. temperature and
-    top_p: of sampling; training is at the same temperature, and wants a top_p of 1.
+    top_p: of sampling; training is at the same temperature, and wants a top_p of 1. width: fewest columns of
+    a prompt; that of the longest query makes one shape of all.
     """
 
     decoder: Decoder
@@ -56,6 +57,7 @@ class LanguagePolicy:
     k: int = K
     temperature: float = 1.0
     top_p: float = 1.0
+    width: int = 0
 
     @property
     def prefix(self) -> np.ndarray | None:
@@ -75,9 +77,9 @@ class LanguagePolicy:
 
     def asked(self, queries: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens i32[n, P] and mask bool[n, P] of the queries after the prefix, padded on the left to the
-        longest, in steps."""
+        longest, in steps, or to `width`."""
         rows = [self.encode(self.prompt.ask(query)) for query in queries]
-        width = PROMPT_STEP * -(-max(map(len, rows)) // PROMPT_STEP)
+        width = max(self.width, PROMPT_STEP * -(-max(map(len, rows)) // PROMPT_STEP))
         tokens, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
         for i, row in enumerate(rows):
             tokens[i, width - len(row) :], mask[i, width - len(row) :] = row, True
