@@ -239,6 +239,13 @@ def test_a_rollout_is_a_pure_function_and_scores_what_was_written(warmed):
     assert min(rows[1]["rollout_s"], rows[1]["reward_s"], rows[1]["bound_tokens_s"]) > 0
 
 
+def test_answers_that_run_out_of_tokens_are_counted(warmed):
+    """A warm policy does not end at once; with two tokens an answer it never ends."""
+    rows = []
+    made = rollouts_of(make_policy(max_new=2), None, make_rewards(), report=rows.append)(5, warmed[0])
+    assert (rows[0]["cut_short"], rows[0]["answers"], made.own.sum()) == (8, 8, 16)
+
+
 def test_a_rollout_serves_several_steps_and_survives_a_kill(warmed, base, tmp_path):
     policy, rewards = make_policy(), make_rewards()
     first = rollouts_of(policy, None, rewards, reuse=3, workdir=tmp_path)
