@@ -119,8 +119,8 @@ def get_config(argument: str = "") -> ConfigDict:
         queries=2_400,  # training queries, at most
         samples=4,  # samples: answers to each
         share=0.5,  # samples: of the best ones imitated
-        batch=24,  # texts per step
-        fit=fit_options(40, 1e-3, **WARM),
+        batch=8,  # texts per step
+        fit=fit_options(60, 2e-3, **WARM),  # batch and rate: chosen on 300 validation queries of words
     )
     c.rl = dict(
         count=8,  # queries of a rollout
