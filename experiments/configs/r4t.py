@@ -133,7 +133,7 @@ def get_config(argument: str = "") -> ConfigDict:
         fit=fit_options(8, 1e-3, **RL),  # rate and warmup: chosen on 300 validation queries of words
     )
     c.synthesis = dict(
-        queries=320,  # of training; 0 = all
+        queries=256,  # of training; 0 = all
         fanouts=2,  # of each (papers' B.4: 128)
         distinct=False,  # refill repeated rows
         keep_top=1.0,  # share of each query's best sets
@@ -150,7 +150,7 @@ def get_config(argument: str = "") -> ConfigDict:
         batch=32,  # sets per step; on a CPU small ones teach faster
         fit=fit_options(6_000, 1e-3),
     )
-    c.regressor = fit_options(3_000, 1e-3)  # MSE baseline, the same sets
+    c.regressor = fit_options(2_000, 1e-3)  # MSE baseline, the same sets
     c.mesh = dict(data=-1, fsdp=1, tensor=1)  # devices per axis; -1 takes what is left
     c.evaluation = dict(
         index="auto",  # exact, scann, or auto (ScaNN where it is installed)
