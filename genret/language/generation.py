@@ -157,25 +157,25 @@ def token_log_probs(
     return jnp.where(known, jnp.pad(log_probs, ((0, 0), (start, 0))), 0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _of_columns(decoder: Decoder, temperature: float, variables: PyTree, h: Array, target: Array) -> Array:
-    """ln softmax(head(h) / temperature) of the target: h f32[..., W], target i32[...] -> f32[...].
-
-    A row's gradient is made while its logits are there, so that they are formed once and never kept; those
-    of the head's own weights, where somebody wants them, form them again.
-    """
+def _chosen(decoder: Decoder, temperature: float, variables: PyTree, h: Array, target: Array) -> Array:
+    """ln softmax(head(h) / temperature) of the target: h f32[..., W], target i32[...] -> f32[...]."""
     logits = decoder.apply(variables, h, method="head") / temperature
     return jnp.take_along_axis(logits, target[..., None], -1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
 
 
+# A row's gradient is made while its logits are there: they are formed once, and never kept. The gradient of
+# the head's own weights, where somebody wants it, forms them again.
+_of_columns = jax.custom_vjp(_chosen, nondiff_argnums=(0, 1))
+
+
 def _of_columns_forward(decoder, temperature, variables, h, target):
-    value, pull = jax.vjp(lambda h: _of_columns.__wrapped__(decoder, temperature, variables, h, target), h)
+    value, pull = jax.vjp(lambda h: _chosen(decoder, temperature, variables, h, target), h)
     return value, (variables, h, target, *pull(jnp.ones_like(value)))
 
 
 def _of_columns_backward(decoder, temperature, kept, g):
     variables, h, target, slope = kept
-    _, pull = jax.vjp(lambda v: _of_columns.__wrapped__(decoder, temperature, v, h, target), variables)
+    _, pull = jax.vjp(lambda v: _chosen(decoder, temperature, v, h, target), variables)
     return *pull(g), g[..., None] * slope, None
 
 
@@ -215,7 +215,8 @@ def _drawn(probs: Array, level: Array) -> Array:
     probs = probs.reshape(len(probs), -1, _BLOCK)
     total = jnp.cumsum(probs.sum(-1), axis=-1)  # [B, V / block]
     level = level * total[:, -1]
-    block = (total <= level[:, None]).sum(-1).clip(max=total.shape[1] - 1)[:, None]
+    last = (total < total[:, -1:]).sum(-1)  # with mass: a level may be rounded up to the whole total
+    block = jnp.minimum((total <= level[:, None]).sum(-1), last)[:, None]
     inside = jnp.take_along_axis(probs, block[..., None], 1)[:, 0]  # [B, block]
     before = jnp.where(block > 0, jnp.take_along_axis(total, (block - 1).clip(0), 1), 0)
     reached = (before + jnp.cumsum(inside, -1) > level[:, None]) & (inside > 0)

@@ -279,12 +279,14 @@ def test_draws_have_the_distribution_they_should(temperature, top_p):
 @settings(max_examples=60, deadline=None)
 def test_a_draw_is_where_the_running_sum_passes_its_level(counts, level):
     """One block of 256, a part of one, several, and zeros across their borders."""
-    counts = np.zeros(700, int) + np.pad(counts, (0, 700 - len(counts)))
+    counts = np.pad(counts, (0, 701 - len(counts)))
     probs, level = (counts / 2048).astype(np.float32), np.float32(level / 2**10)
     expected = np.searchsorted(np.cumsum(counts), float(level) * counts.sum(), side="right")
-    found = DRAWN(np.stack([probs, np.roll(probs, 1)]), np.array([level, level]))
-    assert found[0] == expected and counts[expected]
-    assert found[1] == expected + 1 or counts[-1]
+    # The same one column on, and a level that rounding took up to the total.
+    levels = np.array([level, level, 1], np.float32)
+    found = DRAWN(np.stack([probs, np.roll(probs, 1), probs]), levels)
+    assert found[0] == expected and found[1] == expected + 1
+    assert counts[expected] and counts[found[2]]
 
 
 DRAWN = jax.jit(generation._drawn)
