@@ -20,6 +20,7 @@ from genret.modit import contrastive, hppo, stages
 from genret.modit import density as dn
 from genret.modit.pairs import PairRule
 from genret.modit.queries import HEUN_STEPS, MoDiT
+from genret.modit.softmax import most_positives
 from genret.r4t import stages as sets
 from genret.r4t.fanout import SDE_STEPS, network_calls
 from genret.r4t.synthesis import SyntheticSets
@@ -118,8 +119,8 @@ def train_hppo(world: World, retrieval: bool) -> Work:
     formula = "2 sides x draws x (train of the model + forward of the reference)"
     about = f"{_network(world)}, S {SEEDS}, {preference.draws} draws"
     if term:
-        positives = fitted.data.cells.members.shape[1]
-        softmax = fl.softmax_term(min(s.corpus, len(fitted.data.train)), positives, world.width)
+        most = most_positives(fitted.data.cells.members, fitted.data.has)
+        softmax = fl.softmax_term(min(s.corpus, len(fitted.data.train)), most, world.width)
         flops += s.pairs * s.fresh * (one.train + softmax)
         formula += " + fresh x (train of the one-call query + 4 D (corpus + positives))"
         about += f", {s.fresh} fresh contexts a pair, softmax over {min(s.corpus, len(fitted.data.train))}"
@@ -144,7 +145,8 @@ def train_contrastive(world: World) -> Work:
         "contrastive", data, data.has, seeds=SEEDS, batch=s.batch, corpus=corpus, temperature=0.035
     )
     d = world.width
-    flops = s.batch * (4.0 * DOMAINS * d * d + fl.softmax_term(corpus, data.cells.members.shape[1], d))
+    most = most_positives(data.cells.members, data.has)
+    flops = s.batch * (4.0 * DOMAINS * d * d + fl.softmax_term(corpus, most, d))
     formula = "4 M D^2 + 4 D (corpus + positives)"
     return _train(world, stage, f"D {d}, softmax over {corpus}", flops, formula, s.batch)
 

@@ -39,7 +39,7 @@ def get_config(argument: str = "") -> ConfigDict:
     if arg.size not in BUDGET:
         raise InputError("size", f"unknown size {arg.size!r}", f"use one of {', '.join(BUDGET)}")
     steps, rounds, batch, rate = BUDGET[arg.size]
-    tiny, evidence = arg.size == "test", arg.size == "evidence"
+    tiny, evidence, quick = arg.size == "test", arg.size == "evidence", arg.size in ("test", "demo")
     large = evidence and arg.data in ("moses", "scaffold")  # few clusterings make cells enough
     latent_sizes = (40, 64) if large else (48, 80, 120) if arg.data == "fashion" else (32, 48, 80)
     joined = ("seeds", "ablations")  # may grow after the fact: `workdir.same_run` writes them
@@ -95,7 +95,7 @@ def get_config(argument: str = "") -> ConfigDict:
         steps=steps[3],  # of a round
         rounds=rounds,  # each with pools made by the parameters of the moment
         contexts=128 if tiny else 1024,  # of a round
-        samples=2 if tiny else 4,  # of the model per context (papers' A.8: 8)
+        samples=2 if quick else 4,  # of the model per context (papers' A.8: 8)
         policy="hybrid",  # or deterministic, on_policy
         feedback=True,  # candidates by relevance feedback on the model's own query, ours
         index="exact",  # of the candidates' labels: exact search on the mesh, or scann
@@ -139,7 +139,7 @@ def get_config(argument: str = "") -> ConfigDict:
         least_positives=5,  # a pattern with fewer is not asked
         per_pattern=1 if evidence else 2,  # contexts per (pattern, domain)
         patterns=250 if evidence else 0,  # of test, per (split, domain), at most; 0 = all
-        validation_patterns=120 if evidence else 0,  # the same for validation
+        validation_patterns=60 if quick else 120 if evidence else 0,  # the same for validation
         samples=4 if tiny else 8,  # for "mean of n" and "n merged"
         reaches=(1.0, 0.8, 0.9, 1.1, 1.25, 1.5, 2.0),  # of the query past the seed mean; tried on validation
         memory=((0.03, 0.5), (0.03, 1.0), (0.1, 0.5)),  # (temperature, strength) of the lines with memory

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from genret.diffusion.edm import unit
-from genret.modit.softmax import make_corpus, multi_positive_softmax
+from genret.modit.softmax import make_corpus, most_positives, multi_positive_softmax
 from genret.modit.stages import TrainingSet, embedded
 from genret.modit.trajectories import seeds_and_tail
 from genret.training.loop import FitOptions, fit
@@ -77,7 +77,8 @@ def contrastive_stage(
 ) -> Stage:  # fmt: skip
     """The stage that `fit_contrastive` trains."""
     model, size = QueryEncoder(len(positive)), data.embeddings.shape[1]
-    negatives = make_corpus(data.train, len(data.embeddings), corpus, seed)
+    most = most_positives(data.cells.members, positive)
+    negatives = make_corpus(data.train, len(data.embeddings), corpus, seed, most)
 
     def batches(step, _):
         rng = np.random.default_rng([seed, 31, step])

@@ -30,7 +30,6 @@ from genret.modit.fitting import Fitted
 from genret.modit.pairs import PairRule, Pairs, select_pairs
 from genret.modit.protocol import Contexts
 from genret.modit.queries import MoDiT
-from genret.modit.softmax import make_corpus
 from genret.modit.stages import RetrievalTerm, TailBatch, condition, model_card, retrieval_batch
 from genret.modit.trajectories import sort_by_density
 from genret.retrieval.index import Index
@@ -258,7 +257,7 @@ def make_hppo_stage(
     frozen: dict[str, Any] = {"space": space, "reference": reference}
     corpus = None
     if retrieval:
-        corpus = make_corpus(data.train, len(data.embeddings), retrieval.corpus, seed)
+        corpus = retrieval.over(data, seed)
         frozen |= {"table": np.asarray(data.embeddings), "corpus": corpus.rows}
     pair_loss = preference_loss(retriever, preference, with_rows(mesh) if mesh else None)
 

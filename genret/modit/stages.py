@@ -18,7 +18,7 @@ from genret.diffusion.dit import SHARDING_RULES
 from genret.diffusion.edm import Space
 from genret.diffusion.retriever import Retriever
 from genret.modit import trajectories as tr
-from genret.modit.softmax import Candidates, Corpus, make_corpus, multi_positive_softmax
+from genret.modit.softmax import Candidates, Corpus, make_corpus, most_positives, multi_positive_softmax
 from genret.training.rows import ByRow
 from genret.training.stage import Stage
 from genret.types import Batch, Condition, InputError, PyTree, Terms
@@ -207,6 +207,11 @@ class RetrievalTerm:
     temperature: float
     corpus: int
 
+    def over(self, data: TrainingSet, seed: int) -> Corpus:
+        """Its corpus of training rows."""
+        most = most_positives(data.cells.members, data.has)
+        return make_corpus(data.train, len(data.embeddings), self.corpus, seed, most)
+
     def __call__(self, retriever: Retriever, params, frozen, condition: Condition, candidates) -> Terms:
         """The weighted term per example; frozen holds `space`, `table` f32[N, D] and `corpus` i32[n]."""
         query = retriever.query(params, frozen["space"], condition)[:, 0]
@@ -269,7 +274,7 @@ def make_stage(
         raise InputError("length", problem, "change it, or raise model.max_context")
     stream = STAGES.index(name)
     replayed = round(replay * batch)
-    corpus = make_corpus(data.train, len(data.embeddings), retrieval.corpus, seed) if retrieval else None
+    corpus = retrieval.over(data, seed) if retrieval else None
 
     def draw(step: int, _: PyTree) -> Batch | TailBatch:
         rng = np.random.default_rng([seed, stream, step])

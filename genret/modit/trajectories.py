@@ -95,6 +95,8 @@ def _choose(rng: np.random.Generator, logits: np.ndarray, count: int) -> np.ndar
     """Positions i64[B, count] of a draw without replacement, p ∝ exp(logit), in the order drawn (the
     Gumbel top-k trick): the first n are a draw of n, and positions at NEVER come last."""
     noisy = logits + rng.gumbel(size=logits.shape)
+    if count == 1:
+        return noisy.argmax(1)[:, None]
     top = np.argpartition(-noisy, count - 1, axis=1)[:, :count]
     order = np.argsort(-np.take_along_axis(noisy, top, 1), axis=1)
     return np.take_along_axis(top, order, 1)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,9 +11,10 @@ from genret.diffusion import edm
 from genret.diffusion.dit import make_dit
 from genret.diffusion.retriever import Retriever
 from genret.modit import stages
-from genret.modit.softmax import make_corpus, multi_positive_softmax
+from genret.modit.softmax import log_partition, make_corpus, most_positives, multi_positive_softmax
 from genret.training.loop import accumulate, draw_for
 from genret.training.rows import read_all
+from genret.types import InputError
 
 
 def corpus_of(rows, items=None):
@@ -92,3 +94,51 @@ def test_microbatches_change_nothing_in_sft(world):
     assert float(one[1]["with_positives"]) > 0.5
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(four), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4)
+
+
+@given(st.integers(0, 2**31), st.integers(1, 3000), st.sampled_from([0.035, 1.0]))
+@settings(max_examples=15, deadline=None)
+def test_the_partition_and_its_gradients_are_those_of_all_logits_at_once(seed, items, temperature):
+    """In blocks of the corpus against one matrix of logits, in float64 by hand."""
+    rng = np.random.default_rng(seed)
+    table = rng.normal(size=(items + 5, 6))
+    table /= np.linalg.norm(table, axis=1, keepdims=True)
+    corpus = rng.permutation(items + 5)[:items]
+    query = table[rng.integers(0, len(table), 3)] / temperature
+    seeds = rng.integers(-1, items, (3, 4)) if items > 12 else np.full((3, 4), -1)
+    logits = query @ table[corpus].T
+    for row, own in enumerate(seeds):
+        logits[row, own[own >= 0]] = -np.inf
+    top = logits.max(1, keepdims=True)
+    share = np.exp(logits - top)
+    total = share.sum(1, keepdims=True)
+    given = [jnp.asarray(x, jnp.float32) for x in (query, table)]
+    value, pull = jax.vjp(lambda q, t: log_partition(q, t, corpus, seeds), *given)
+    np.testing.assert_allclose(value, (top + np.log(total))[:, 0], rtol=1e-5, atol=1e-5)
+    g = jnp.array([1.0, -2.0, 0.5])
+    weight = share / total * np.asarray(g)[:, None]  # of each row of the corpus
+    np.testing.assert_allclose(pull(g)[0], weight @ table[corpus], atol=2e-5)
+    expected = np.zeros_like(table)
+    expected[corpus] = weight.T @ query
+    np.testing.assert_allclose(pull(g)[1], expected, atol=2e-4)
+
+
+def test_positives_are_packed_into_as_few_places_as_any_row_needs():
+    members = np.array([[4, 2, 7, -1], [1, 3, -1, -1]])
+    has = np.zeros((2, 9), bool)
+    has[0, [2, 7, 1]] = has[1, 3] = True
+    assert most_positives(members, has) == 2 and most_positives(members, has & False) == 1
+    wide = make_corpus(np.arange(8), 9, 100)
+    tight = make_corpus(np.arange(8), 9, 100, most=2)
+    hits, seeds = np.where(has[0][members] & (members >= 0), members, -1), np.array([[2, -1], [-1, 0]])
+    found = tight.candidates(hits, seeds)
+    np.testing.assert_array_equal(found.hits, [[-1, 7], [1, -1]])  # 2 is a seed
+    query = np.float32([[0.6, 0.8], [1, 0]])
+    table = np.random.default_rng(0).normal(size=(9, 2)).astype(np.float32)
+    a, b = (
+        multi_positive_softmax(jnp.asarray(query), table, c.rows, c.candidates(hits, seeds), 0.3)
+        for c in (wide, tight)
+    )
+    np.testing.assert_allclose(a, b, rtol=1e-6)
+    with pytest.raises(InputError, match="most is 1"):
+        make_corpus(np.arange(8), 9, 100, most=1).candidates(hits, seeds)
