@@ -275,7 +275,7 @@ class Run:
         return contrastive.fit_contrastive(
             f.data, positive, self.folder / f"contrastive_{source}_{steps}",
             options(c.fit, self.seed, steps=steps), seeds=self.config.evaluation.seeds,
-            batch=self.config.batch, corpus=self.config.retrieval.corpus,
+            batch=self.config.contrastive.batch, corpus=self.config.retrieval.corpus,
             temperature=self.config.retrieval.temperature, mesh=self.mesh,
         )  # fmt: skip
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from genret.training.log import memory_bandwidth, peak_flops
+from genret.training.log import counted_flops, memory_bandwidth, peak_flops
 
 PACKAGES = ("genret", "jax", "jaxlib", "flax", "optax", "numpy", "scann")
 PEER_PACKAGES = ("torch", "faiss-cpu", "hnswlib", "transformers")
@@ -65,7 +65,7 @@ def threads() -> int:
 def xla_flops(function: Callable, *args: Any, **kwargs: Any) -> float:
     """FLOPs of a jitted or plain function as XLA counts them before fusion; nothing is compiled or run."""
     jitted = function if hasattr(function, "lower") else jax.jit(function)
-    return float((jitted.lower(*args, **kwargs).cost_analysis() or {}).get("flops", 0.0))
+    return counted_flops(jitted.lower(*args, **kwargs))
 
 
 def sampled(call: Callable[[], Any], repeats: int) -> tuple[float, list[float]]:

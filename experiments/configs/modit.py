@@ -20,14 +20,14 @@ from ml_collections import ConfigDict
 from experiments.arguments import fit_options, number, parse, seeds
 from genret.types import InputError
 
-# steps of (pretrain, cpt, sft, a round of hppo), rounds, batch size, learning rate
+# steps of (pretrain, cpt, sft, a round of hppo), rounds, examples per step, pairs per step, learning rate
 BUDGET = {
-    "test": ((6, 6, 6, 4), 2, 32, 1e-3),
-    "demo": ((200, 250, 200, 100), 2, 256, 1e-3),
-    "evidence": ((200, 250, 200, 150), 3, 256, 1e-3),
-    "S": ((50_000, 20_000, 5_000, 1_000), 3, 1024, 3e-4),
-    "B": ((100_000, 30_000, 10_000, 1_000), 3, 2048, 2e-4),
-    "L": ((200_000, 30_000, 10_000, 1_000), 3, 4096, 1e-4),
+    "test": ((6, 6, 6, 4), 2, 32, 8, 1e-3),
+    "demo": ((200, 250, 200, 100), 2, 128, 64, 1e-3),
+    "evidence": ((200, 250, 200, 150), 3, 256, 64, 1e-3),
+    "S": ((50_000, 20_000, 5_000, 1_000), 3, 1024, 256, 3e-4),
+    "B": ((100_000, 30_000, 10_000, 1_000), 3, 2048, 512, 2e-4),
+    "L": ((200_000, 30_000, 10_000, 1_000), 3, 4096, 1024, 1e-4),
 }
 SMALL = ("test", "demo", "evidence")  # sized for CPUs
 
@@ -38,7 +38,7 @@ def get_config(argument: str = "") -> ConfigDict:
     arg = parse(argument, size="demo", data="moses", **free)
     if arg.size not in BUDGET:
         raise InputError("size", f"unknown size {arg.size!r}", f"use one of {', '.join(BUDGET)}")
-    steps, rounds, batch, rate = BUDGET[arg.size]
+    steps, rounds, batch, pairs, rate = BUDGET[arg.size]
     tiny, evidence, quick = arg.size == "test", arg.size == "evidence", arg.size in ("test", "demo")
     large = evidence and arg.data in ("moses", "scaffold")  # few clusterings make cells enough
     latent_sizes = (40, 64) if large else (48, 80, 120) if arg.data == "fashion" else (32, 48, 80)
@@ -99,7 +99,7 @@ def get_config(argument: str = "") -> ConfigDict:
         policy="hybrid",  # or deterministic, on_policy
         feedback=True,  # candidates by relevance feedback on the model's own query, ours
         index="exact",  # of the candidates' labels: exact search on the mesh, or scann
-        batch=batch // 4,  # pairs per step
+        batch=pairs,  # per step
         fresh=4,  # contexts of the retrieval-aware term per pair
         pairs=dict(
             margin=2,  # items of Joint (papers' A.8: two)
@@ -126,6 +126,7 @@ def get_config(argument: str = "") -> ConfigDict:
     )
     c.contrastive = dict(
         steps=(4,) if tiny else (200, 600) if evidence else (60, 200),  # runs; validation picks one
+        batch=batch if tiny else max(batch, 256),  # examples per step: fewer would make a weaker rival
         fit=fit_options(
             0, rate, warmup=10, weight_decay=0.05, ema_decay=0.9, log_every=20
         ),  # steps come from above

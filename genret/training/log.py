@@ -36,6 +36,20 @@ def peak_flops() -> float | None:
     return match[0] * jax.device_count() if match else None
 
 
+def counted_flops(lowered: jax.stages.Lowered) -> float:
+    """FLOPs of a program as XLA counts them before fusion; nothing is compiled. 0 where nobody counts."""
+    if (counted := lowered.cost_analysis()) is None:
+        # Plugins of GPUs and TPUs count compiled programs alone, and of these not their libraries' matmuls.
+        try:
+            from jax._src.lib import _jax  # no public name leads to XLA's own count
+
+            cpu, module = jax.devices("cpu")[0].client, lowered.compiler_ir("hlo").as_hlo_module()
+            counted = _jax.hlo_module_cost_analysis(cpu, module)
+        except (ImportError, AttributeError, RuntimeError):  # another JAX, or one without its CPU
+            counted = {}
+    return float(counted.get("flops", 0.0))
+
+
 @functools.cache
 def matmul_flops(size: int = 2048) -> float:
     """FLOP/s of a plain f32 [size, size] matmul on the default device, the best of three: what a fraction

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from genret.training import mesh as meshes
 from genret.training import preemption
 from genret.training.checkpoint import Checkpoints, abstract_like
-from genret.training.log import MetricLog, Progress, peak_flops
+from genret.training.log import MetricLog, Progress, counted_flops, peak_flops
 from genret.training.optimizer import make_optimizer
 from genret.training.stage import Stage
 from genret.types import Array, Draw, InputError, PyTree
@@ -243,7 +243,7 @@ def flops_per_step(lowered: jax.stages.Lowered, options: FitOptions) -> float:
     lowered: of `compiled_step`, so that nothing is traced twice. XLA counts one microbatch of a step, and the
     optimiser, a few percent of a small model, with it.
     """
-    return options.microbatches * float((lowered.cost_analysis() or {}).get("flops", 0.0))
+    return options.microbatches * counted_flops(lowered)
 
 
 def _stop_if_not_finite(name: str, fetched: list[tuple[int, dict]], latest: int | None) -> None:
