@@ -166,7 +166,7 @@ class AbstractFanoutRun(FanoutRun):
     def _pairs(self) -> list[tuple[str, list[str]]]:
         """The longest query, and an answer as long as may be."""
         encode, limit = self.policy.encode, self.config.language.max_new
-        query = max((self.data.queries[row] for row in self.data.rows("train")), key=lambda q: len(encode(q)))
+        query = max((self.data.queries[row] for row in self.training_rows), key=lambda q: len(encode(q)))
         answer = [""]
         while len(encode(self.policy.prompt.answer([answer[0] + " a"]))) <= limit:
             answer[0] += " a"

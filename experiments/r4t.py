@@ -138,7 +138,7 @@ class FanoutRun:
         made = LanguagePolicy(
             decoder, tokenizer.encode, tokenizer.decode, prompt, stop, c.max_new, self.config.k, c.temperature
         )
-        return dataclasses.replace(made, **changes)
+        return dataclasses.replace(made, width=made.usual_width(self.data.queries), **changes)
 
     @functools.cached_property
     def few_shot(self) -> LanguagePolicy:
@@ -153,9 +153,17 @@ class FanoutRun:
 
     @functools.cached_property
     def policy(self) -> LanguagePolicy:
-        """What is trained: the short prompt, LoRA factors (or all weights); it compiles for one width."""
-        made = self.asked(prompts.SHORT, lora=bool(self.config.language.lora_rank))
-        return dataclasses.replace(made, width=made.asked(self.data.queries)[0].shape[1])
+        """What is trained: the short prompt, LoRA factors (or all weights)."""
+        return self.asked(prompts.SHORT, lora=bool(self.config.language.lora_rank))
+
+    @functools.cached_property
+    def training_rows(self) -> np.ndarray:
+        """Training queries i32[n], but those whose prompt is far longer than others' (`usual_width`)."""
+        rows = self.data.rows("train")
+        long = self.policy.lengths([self.data.queries[row] for row in rows]) > self.policy.width
+        if long.any():
+            print(f"{long.sum()} training queries of over {self.policy.width} tokens left out", flush=True)
+        return rows[~long]
 
     @property
     def start(self) -> PyTree:
@@ -205,7 +213,7 @@ class FanoutRun:
         ]
 
     def _warm_rows(self) -> np.ndarray:
-        rows, most = self.data.rows("train"), self.config.warm.queries
+        rows, most = self.training_rows, self.config.warm.queries
         return np.random.default_rng([self.seed, 91]).choice(rows, min(most, len(rows)), replace=False)
 
     def _pairs(self) -> list[tuple[str, list[str]]]:
@@ -240,7 +248,7 @@ class FanoutRun:
         c = self.config
         grpo = SoftGRPO(c.rl.clip, c.rl.new_old, c.rl.old_new, c.rl.reference)
         return policies.make_policy_stage(
-            folder, self.policy, self.language.params, self.data.queries, self.data.rows("train"),
+            folder, self.policy, self.language.params, self.data.queries, self.training_rows,
             self.rewards(REWARDS.get(folder, ())), count=c.rl.count, group=c.rl.group, reuse=c.rl.reuse,
             options=grpo, reference=warm if c.rl.reference else None, seed=self.seed,
             workdir=self.folder / folder,
@@ -269,7 +277,7 @@ class FanoutRun:
     @functools.cached_property
     def sets(self) -> SyntheticSets:
         """T_syn: the trained policy's fan-outs of training queries, as rows of embeddings."""
-        s, rows = self.config.synthesis, self.data.rows("train")
+        s, rows = self.config.synthesis, self.training_rows
         if s.queries and s.queries < len(rows):
             rows = np.sort(np.random.default_rng([self.seed, 92]).choice(rows, s.queries, replace=False))
         variables, reward = None, self.rewards()

@@ -45,7 +45,7 @@ class LanguagePolicy:
     encode: text -> token ids. decode: token ids -> text. prompt: how it is asked. stop: ids that end an
     answer (`prompts.stop_tokens`). max_new: most tokens of an answer. k: most sub-queries. temperature and
     top_p: of sampling; training is at the same temperature, and wants a top_p of 1. width: fewest columns of
-    a prompt; that of the longest query makes one shape of all.
+    a prompt; `usual_width` makes one shape of all.
     """
 
     decoder: Decoder
@@ -79,11 +79,22 @@ class LanguagePolicy:
         """Tokens i32[n, P] and mask bool[n, P] of the queries after the prefix, padded on the left to the
         longest, in steps, or to `width`."""
         rows = [self.encode(self.prompt.ask(query)) for query in queries]
-        width = max(self.width, PROMPT_STEP * -(-max(map(len, rows)) // PROMPT_STEP))
+        width = max(self.width, _columns(max(map(len, rows))))
         tokens, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
         for i, row in enumerate(rows):
             tokens[i, width - len(row) :], mask[i, width - len(row) :] = row, True
         return tokens, mask
+
+    def lengths(self, queries: Sequence[str]) -> np.ndarray:
+        """Tokens i64[n] of each query's prompt after the prefix."""
+        return np.array([len(self.encode(self.prompt.ask(query))) for query in queries])
+
+    def usual_width(self, queries: Sequence[str]) -> int:
+        """Columns for the prompts of queries: as the longest needs, or, where it needs over twice as many, as
+        99 in 100 do. All prompts are padded to it, and one endless query should not make all of them dear."""
+        lengths = self.lengths(queries)
+        usual = np.quantile(lengths, 0.99, method="lower")
+        return _columns(int(usual if lengths.max() > 2 * usual else lengths.max()))
 
     def written(self, pairs: Sequence[tuple[str, Sequence[str]]]) -> Text:
         """(query, sub-queries) pairs as texts to imitate, end of answer included.
@@ -147,6 +158,10 @@ class LanguagePolicy:
         }  # fmt: skip
 
 
+def _columns(tokens: int) -> int:
+    return PROMPT_STEP * -(-tokens // PROMPT_STEP)
+
+
 def _side_by_side(tokens: np.ndarray, mask: np.ndarray, written: np.ndarray, own: np.ndarray) -> Text:
     return Text(
         np.concatenate([tokens, written], 1), np.concatenate([mask, own], 1),
@@ -165,19 +180,19 @@ def sample_fanouts(
     if not len(queries) or batch < 1:
         problem = f"{len(queries)} queries, {batch} at a time"
         raise InputError("queries", problem, "ask for one or more")
-    tokens, mask = policy.asked(queries)
-    keys = jax.random.split(key, len(tokens))
+    count = len(queries)
+    keys = jax.random.split(key, count)
     parts = meshes.parts_beside(variables)
-    batch = parts * -(-min(batch, len(tokens)) // parts)
+    batch = parts * -(-min(batch, count) // parts)
     answers: list[Answer] = []
-    progress = Progress("answers", len(tokens), apart=10.0) if len(tokens) > batch else None
-    for start in range(0, len(tokens), batch):
-        at = np.minimum(np.arange(start, start + batch), len(tokens) - 1)  # the last batch is filled up
-        answers += policy.sample(variables, tokens[at], mask[at], keys[at])[2]
+    progress = Progress("answers", count, apart=10.0) if count > batch else None
+    for start in range(0, count, batch):
+        at = np.minimum(np.arange(start, start + batch), count - 1)  # the last batch is filled up
+        answers += policy.sample(variables, *policy.asked([queries[i] for i in at]), keys[at])[2]
         if progress:
-            progress(min(len(answers), len(tokens)))
+            progress(min(len(answers), count))
     # Hosts may round a probability apart and then draw another token.
-    return processes.agreed("answers", answers[: len(queries)])
+    return processes.agreed("answers", answers[:count])
 
 
 class Collected(NamedTuple):

@@ -167,6 +167,20 @@ def test_samples_come_with_the_log_probs_that_training_finds(warmed):
     assert turned[2] == answers[::-1]
 
 
+def test_one_endless_query_is_wide_by_itself_alone(warmed):
+    policy = make_policy()
+    usual, longer, endless = "sky grass rose", "sky" + " and" * 6, "sky" + " and" * 20
+    assert policy.lengths([usual, longer, endless]).tolist() == [5, 9, 23]
+    # In steps of 8: as wide as the longest, unless that is over twice what nearly all need.
+    assert policy.usual_width([usual] * 9) == 8 and policy.usual_width([*[usual] * 9, longer]) == 16
+    assert policy.usual_width([*[usual] * 9, endless]) == 8 and policy.usual_width([endless]) == 24
+    policy = dataclasses.replace(policy, width=8)
+    assert [policy.asked(q)[0].shape[1] for q in ([usual], [usual, endless])] == [8, 24]
+    variables, asked = policy.variables(warmed[0], None), [*QUERIES, endless, "sky"]
+    answers = sample_fanouts(policy, variables, asked, jax.random.key(3), batch=3)
+    assert answers == sample_fanouts(policy, variables, asked, jax.random.key(3), batch=5)
+
+
 def test_sample_fanouts_batches_as_one(warmed):
     policy = make_policy()
     variables = policy.variables(warmed[0], None)
