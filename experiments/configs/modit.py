@@ -9,7 +9,7 @@ seeds (0+1+2), ablations (more tables: stages+order+pool+preconditioning, and ki
 budget (share of the training items whose labels are probed, .05).
 
 Expected, 2 CPU cores, test, mean Joint@20 over four domains on item / pattern holdout, one seed:
-    demo       MOSES 40k: MO-DiT+HPPO .364 / .376, steering .338 / .360 (README), 7 minutes a seed
+    demo       MOSES 40k: MO-DiT+HPPO .363 / .376, steering .338 / .361 (README), 8 minutes a seed
     evidence   MOSES 200k, another split, five seeds: .354 / .378, steering .331 / .362; 15 minutes a seed
     test       no figure, two minutes (most of it compiling)
 S, B and L are meant for accelerators and have no figure yet.

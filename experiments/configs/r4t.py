@@ -49,8 +49,10 @@ SIZES = {
     ),
     "demo": {},
     "evidence": dict(
+        rl=dict(fit=fit_options(8, 1e-3, **RL)),
         synthesis=dict(queries=640, fanouts=1, shard=64),
         diffusion=dict(size="wide", dims=192, fit=fit_options(16_000, 1e-3)),
+        evaluation=dict(queries=56, repeated=8),
     ),
     "paper": dict(
         language=dict(reason=True, max_new=512, dtype="bfloat16", batch=1024),
@@ -130,10 +132,10 @@ def get_config(argument: str = "") -> ConfigDict:
         new_old=0.05,  # beta_1
         old_new=0.05,  # beta_2
         reference=0.0,  # weight of the KL to the warm start; the paper has none
-        fit=fit_options(8, 1e-3, **RL),  # rate and warmup: chosen on 300 validation queries of words
+        fit=fit_options(6, 1e-3, **RL | {"warmup": 3}),  # rate: chosen on 300 validation queries of words
     )
     c.synthesis = dict(
-        queries=256,  # of training; 0 = all
+        queries=224,  # of training; 0 = all
         fanouts=2,  # of each (papers' B.4: 128)
         distinct=False,  # refill repeated rows
         keep_top=1.0,  # share of each query's best sets
@@ -148,17 +150,17 @@ def get_config(argument: str = "") -> ConfigDict:
         noise="log_normal",  # or log_uniform
         drop=0.1,  # share of dropped conditions, for guidance
         batch=32,  # sets per step; on a CPU small ones teach faster
-        fit=fit_options(6_000, 1e-3),
+        fit=fit_options(5_000, 1e-3),
     )
-    c.regressor = fit_options(2_000, 1e-3)  # MSE baseline, the same sets
+    c.regressor = fit_options(1_800, 1e-3)  # MSE baseline, the same sets
     c.mesh = dict(data=-1, fsdp=1, tensor=1)  # devices per axis; -1 takes what is left
     c.evaluation = dict(
         index="auto",  # exact, scann, or auto (ScaNN where it is installed)
         part="test",  # whose queries are asked, or validation; rows of the two stand side by side
-        queries=56,  # of the part; 0 = all
+        queries=45,  # of the part; 0 = all
         best_of=5,  # Best-of-N (papers' B.8: 5)
         runs=2,  # draws of a method, for Vendi over runs (B.8: 5)
-        repeated=8,  # the first queries, which are drawn again for it; 0 = all. 56 + 8: one batch of answers
+        repeated=6,  # the first, which are drawn again for it; 0 = all. 5 x (45 + 6): four batches of answers
         steps=256,  # of the faithful sampler, Euler-Maruyama
         few=("heun 8", "exponential 8", "exponential 16"),  # few-call lines; the last is exported
         levels=(0.1, 10.0),  # least and largest noise level of theirs
