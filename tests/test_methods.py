@@ -272,7 +272,7 @@ def test_the_floor_of_hppo_is_the_purity_that_stages_one_to_three_chose(run_of):
                 np.mean([x[here][pattern == p].mean() for p in np.unique(pattern)])
                 for x in (found.joint, found.purity)
             )
-            if joint > best[s, m][0] + 1e-9:  # ties go to the earlier setting
+            if joint > best[s, m][0] + 1e-6:  # ties, of float32, go to the earlier setting
                 best[s, m] = joint, purity
     assert floor == pytest.approx({cell: purity for cell, (_, purity) in best.items()})
     assert len({round(v, 3) for v in floor.values()}) > 1

@@ -175,11 +175,11 @@ def choose(method: Method, searcher: Searcher, contexts: Contexts) -> dict[Cell,
 def validation_scores(
     method: Method, searcher: Searcher, contexts: Contexts, setting: Any
 ) -> tuple[dict[Cell, float], dict[Cell, float]]:
-    """Macro Joint and Purity per (split, domain)."""
+    """Macro Joint and Purity per (split, domain), to six decimals: float32 is to break no tie."""
     scores = searcher.judge(ranking(method, searcher, contexts, setting)[0], contexts)
     at = {c: (contexts.split == c[0]) & (contexts.domain == c[1]) for c in _cells(contexts)}
     return tuple(
-        {c: macro(values[here], contexts.pattern[here]) for c, here in at.items()}
+        {c: round(macro(values[here], contexts.pattern[here]), 6) for c, here in at.items()}
         for values in (scores.joint, scores.purity)
     )
 

@@ -240,8 +240,9 @@ def fit(
 def flops_per_step(lowered: jax.stages.Lowered, options: FitOptions) -> float:
     """FLOPs of a train step over its whole batch, as XLA counts them before fusion; 0 where it does not.
 
-    lowered: of `compiled_step`, so that nothing is traced twice. XLA counts one microbatch of a step, and the
-    optimiser, a few percent of a small model, with it.
+    lowered: of `compiled_step`, so that nothing is traced twice. XLA counts one microbatch of a step, the
+    optimiser, a few percent of a small model, with it, and the body of a loop once: too few where a loss goes
+    through a corpus or a vocabulary in blocks.
     """
     return options.microbatches * counted_flops(lowered)
 
