@@ -55,7 +55,7 @@ def kind(r: Results, i: int) -> str:
 def frontier(r: Results) -> Figure:
     """Attribute@K against Purity@K, one panel per split, numbered as in the table."""
     fig = Figure(figsize=(11, 5.2), layout="constrained")
-    widths = [1] * len(r.splits) + [0.75]  # the last one holds the legend
+    widths = [1] * len(r.splits) + [0.9]  # the last one holds the legend
     axes = fig.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
     points = np.stack([r.cells(m).mean(axis=2) for m in ("purity", "attribute")], axis=2)
     # A method that gives the pattern up would squeeze the others together: it goes to the edge.
