@@ -72,6 +72,16 @@ def test_recall_counts_the_union_of_what_all_rows_find():
     np.testing.assert_allclose(found["precision"], [1 / 2, 1, 1 / 2], atol=1e-6)
 
 
+def test_training_leaves_out_a_query_that_goes_on_and_on(capsys):
+    data = SimpleNamespace(queries=["a b", "a " * 90, "c"], rows=lambda part: np.array([2, 1, 0]))
+    policy = SimpleNamespace(width=8, lengths=lambda queries: np.array([len(q.split()) for q in queries]))
+    run = SimpleNamespace(data=data, policy=policy)
+    assert r4t.FanoutRun.training_rows.func(run).tolist() == [2, 0]
+    assert capsys.readouterr().out == "1 training queries of over 8 tokens left out\n"
+    policy.width = 96
+    assert r4t.FanoutRun.training_rows.func(run).tolist() == [2, 1, 0] and not capsys.readouterr().out
+
+
 def test_the_warm_start_takes_several_parts_of_a_reference_set():
     references = [np.arange(4, dtype=np.int32)] * 3
     run = run_of(references)
