@@ -79,13 +79,20 @@ class Cache:
     """Keys and values of what was read so far, in T slots; slot t holds column t of the text.
 
     keys, values: one [B, Hkv, T, Dh] for each layer. mask: bool[B, T], slots that hold a real token.
-    filled: i32[], slots written.
+    filled: i32[], slots written. shared: for each layer the keys and values [Hkv, F, Dh] of F tokens that
+    come before every row; empty where F = 0.
     """
 
     keys: tuple[Array, ...]
     values: tuple[Array, ...]
     mask: Array
     filled: Array
+    shared: tuple[tuple[Array, Array], ...] = ()
+
+    def rows(self, at: Array) -> Cache:
+        """The cache of rows i32[b], which may repeat."""
+        keys, values, mask = jax.tree.map(lambda x: x[at], (self.keys, self.values, self.mask))
+        return self.replace(keys=keys, values=values, mask=mask)
 
 
 def empty_cache(config: DecoderConfig, batch: int, length: int, dtype: Any = jnp.float32) -> Cache:
@@ -137,7 +144,8 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = x.astype(self.dtype)
+        shape = x.shape[:-1]
+        x = x.reshape(-1, x.shape[-1]).astype(self.dtype)
         into, rank = x.shape[-1], self.rank
         kernel = self.param("kernel", nn.initializers.normal(1 / math.sqrt(into)), (into, self.features))
         y = x @ kernel.astype(self.dtype)
@@ -145,7 +153,7 @@ class Projection(nn.Module):
             a = self.variable("lora", "a", lambda: _first_factor(self.make_rng("params"), into, rank)).value
             b = self.variable("lora", "b", lambda: jnp.zeros((rank, self.features))).value
             y += (self.alpha / rank) * ((x @ a.astype(self.dtype)) @ b.astype(self.dtype))
-        return y
+        return y.reshape(*shape, self.features)
 
 
 def _first_factor(key: Array, into: int, rank: int) -> Array:
@@ -163,11 +171,17 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, rotation: tuple[Array, Array], allowed: Array, past: tuple[Array, Array, Array] | None
+        self,
+        x: Array,
+        rotation: tuple[Array, Array],
+        allowed: Array,
+        past: tuple[Array, Array, Array] | None,
+        shared: tuple[Array, Array] | None,
     ) -> tuple[Array, tuple[Array, Array]]:
         """x f32[B, L, W], allowed bool[B, L, T] -> x and the keys and values [B, Hkv, T, Dh] it read.
 
-        past: keys, values and the slot from which those of x are written; None: T = L, x alone.
+        past: keys, values and the slot from which those of x are written; None: T = L, x alone. shared: keys
+        and values of the tokens before all rows.
         """
         c = self.config
         batch, length, width = x.shape
@@ -194,7 +208,7 @@ class Block(nn.Module):
         # Queries that read the same keys are rows of one product.
         q = q.reshape(batch, length, c.num_key_value_heads, groups, c.head_dim).transpose(0, 2, 3, 1, 4)
         q = q.reshape(batch, c.num_key_value_heads, groups * length, c.head_dim)
-        h = attend(q, k, v, jnp.tile(allowed, (1, groups, 1))[:, None])
+        h = attend(q, k, v, jnp.tile(allowed, (1, groups, 1))[:, None], shared)
         h = h.reshape(batch, c.num_key_value_heads, groups, length, c.head_dim).transpose(0, 3, 1, 2, 4)
         h = h.reshape(batch, length, -1)
         x = x + project(h, width, "o_proj")
@@ -262,7 +276,8 @@ class Decoder(nn.Module):
             positions = real - 1
             allowed = mask[:, None, :] & (column <= column[:, None])
         else:
-            positions = real - 1 + cache.mask.sum(1, keepdims=True)
+            front = cache.shared[0][0].shape[1] if cache.shared else 0
+            positions = real - 1 + front + cache.mask.sum(1, keepdims=True)
             known = jax.lax.dynamic_update_slice(cache.mask, mask, (0, cache.filled))
             slot = jnp.arange(known.shape[1])
             allowed = known[:, None, :] & (slot <= cache.filled + column[:, None])
@@ -271,7 +286,7 @@ class Decoder(nn.Module):
         keys, values = [], []
         for i, layer in enumerate(self.layers):
             past = None if cache is None else (cache.keys[i], cache.values[i], cache.filled)
-            given = (x, rotation, allowed, past)
+            given = (x, rotation, allowed, past, cache.shared[i] if cache and cache.shared else None)
             if self.is_initializing():
                 x, (k, v) = layer(*given)
             else:
@@ -282,7 +297,8 @@ class Decoder(nn.Module):
         x = self.norm(x)
         if cache is None:
             return x
-        return x, Cache(tuple(keys), tuple(values), known, cache.filled + length)
+        filled = cache.filled + length
+        return x, cache.replace(keys=tuple(keys), values=tuple(values), mask=known, filled=filled)
 
     def head(self, x: Array) -> Array:
         """States f32[..., W] -> logits f32[..., V]."""

@@ -46,11 +46,14 @@ def generate(
     top_p: float = 1.0,
     stop: tuple[int, ...] = (),
     prefix: Array | None = None,
+    of: Array | None = None,
 ) -> Generated:
     """Continues each row of tokens i32[B, P] (mask bool[B, P], left-padded) by up to T = max_new tokens.
 
     key: key[B], one for each row; a row's draws come from its own key alone, so they do not depend on the
-    batch it is in. temperature: 0 takes the most probable token (log_probs are then those of temperature 1).
+    batch it is in. of: i32[B], for tokens of fewer rows, the one that each of the B continues: a prompt of
+    many answers is read once. temperature: 0 takes the most probable token (log_probs are then those of
+    temperature 1).
     top_p: draw from the smallest set of most probable tokens whose probability reaches top_p (tokens as
     probable as its last all stay). stop: ids that end a row; decoding ends when all rows have. prefix:
     i32[F], tokens before every row. Columns of a mask that are False count nowhere; its last column must be
@@ -60,21 +63,28 @@ def generate(
     """
     _check_sampling(decoder, max_new, temperature, top_p, stop)
     _check_rows(decoder, tokens, mask, prefix)
-    if key.shape != tokens.shape[:1] or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        raise InputError("key", f"{key.dtype}{list(key.shape)} for {len(tokens)} rows", "pass split(key, B)")
+    rows = tokens.shape[:1] if of is None else of.shape
+    if key.shape != rows or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise InputError("key", f"{key.dtype}{list(key.shape)} for {rows[0]} rows", "pass split(key, B)")
+    if of is not None and _is_here(of) and not 0 <= np.min(of) <= np.max(of) < len(tokens):
+        raise InputError(
+            "of", f"{np.min(of)}..{np.max(of)} of {len(tokens)} prompts", "number the rows of tokens"
+        )
     if _is_here(mask) and not np.asarray(mask[:, -1]).all():
         raise InputError("mask", "a row ends in padding", "pad on the left, and give each row a token")
     sampler = (float(temperature), float(top_p))
-    given = variables, tokens, mask, key, prefix
+    given = variables, tokens, mask, key, prefix, of
     # Rows of a mesh stay on their devices.
     halving = bool(stop) and _on_one_device(given)
     return _generate(decoder, *given, max_new, sampler, tuple(stop), halving)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 6, 7, 8, 9))
-def _generate(decoder, variables, tokens, mask, key, prefix, max_new, sampler, stop, halving) -> Generated:
+@functools.partial(jax.jit, static_argnums=(0, 7, 8, 9, 10))
+def _generate(
+    decoder, variables, tokens, mask, key, prefix, of, max_new, sampler, stop, halving
+) -> Generated:  # fmt: skip
     variables = _in_dtype(variables, decoder.dtype)
-    batch = tokens.shape[0]
+    batch = key.shape[0]
 
     def draw(rows: Array | slice, t: Array, h: Array, alive: Array, out: Generated):
         """Samples column t of some rows from the states h [b, W] of the column before it."""
@@ -94,19 +104,21 @@ def _generate(decoder, variables, tokens, mask, key, prefix, max_new, sampler, s
 
         return jax.lax.while_loop(lambda c: (c[0] < max_new) & (c[3].sum() > least), step, carry)
 
-    cache = _read_prefix(decoder, variables, prefix, batch, tokens.shape[1] + max_new - 1)
+    cache = _read_prefix(decoder, variables, prefix, len(tokens), tokens.shape[1] + max_new - 1)
     h, cache = decoder.apply(variables, tokens, mask, cache, method="hidden")
+    last = h[:, -1]
+    if of is not None:
+        last, cache = last[of], cache.rows(of)
     nothing = jnp.zeros((batch, max_new))
     out = Generated(nothing.astype(jnp.int32), nothing.astype(bool), nothing)
     rows, left = slice(None), batch
-    carry = (jnp.int32(1), cache, *draw(rows, jnp.int32(0), h[:, -1], jnp.ones(batch, bool), out))
+    carry = (jnp.int32(1), cache, *draw(rows, jnp.int32(0), last, jnp.ones(batch, bool), out))
     while halving and left // 2 >= _FEWEST:
         left //= 2
         t, cache, token, alive, out = decode(rows, carry, left)
         on = jnp.argsort(~alive, stable=True)[:left]
         rows = jnp.arange(batch)[rows][on]
-        cache = jax.tree.map(lambda x, on=on: x[on] if x.ndim else x, cache)
-        carry = (t, cache, token[on], alive[on], out)
+        carry = (t, cache.rows(on), token[on], alive[on], out)
     return decode(rows, carry, 0)[-1]
 
 
@@ -183,13 +195,14 @@ _of_columns.defvjp(_of_columns_forward, _of_columns_backward)
 
 
 def _read_prefix(decoder: Decoder, variables: PyTree, prefix: Array | None, batch: int, room: int) -> Cache:
-    """A cache of `batch` rows that holds the prefix, with `room` slots after it."""
+    """A cache of `room` slots for `batch` rows that come after the prefix."""
+    cache = empty_cache(decoder.config, batch, room, decoder.dtype)
     if prefix is None:
-        return empty_cache(decoder.config, batch, room, decoder.dtype)
-    cache = empty_cache(decoder.config, 1, len(prefix) + room, decoder.dtype)
+        return cache
+    alone = empty_cache(decoder.config, 1, len(prefix), decoder.dtype)
     mask = jnp.ones((1, len(prefix)), bool)
-    _, cache = decoder.apply(variables, prefix[None], mask, cache, method="hidden")
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])) if x.ndim else x, cache)
+    _, alone = decoder.apply(variables, prefix[None], mask, alone, method="hidden")
+    return cache.replace(shared=tuple((k[0], v[0]) for k, v in zip(alone.keys, alone.values, strict=True)))
 
 
 def _sample(logits: Array, key: Array, temperature: float, top_p: float) -> tuple[Array, Array]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -124,23 +125,32 @@ class LanguagePolicy:
         )
 
     def sample(
-        self, variables: PyTree, tokens: np.ndarray, mask: np.ndarray, keys: Array
+        self,
+        variables: PyTree,
+        tokens: np.ndarray,
+        mask: np.ndarray,
+        keys: Array,
+        of: np.ndarray | None = None,
     ) -> tuple[Text, np.ndarray, list[Answer]]:
         """Answers to prompts i32[B, P], one key each -> (text, ln π f32[B, L], what was read of them).
 
-        Where the variables are on a mesh, so are the rows, each on its share of the devices: B must divide.
+        of: i32[B], for fewer prompts, the one that each of the B keys' answers is to. Where the variables are
+        on a mesh, so are the answers, each on its share of the devices: B must divide.
         """
+        whole = (tokens, mask) if of is None else (tokens[of], mask[of])
+        if meshes.parts_beside(variables) > 1:  # each device reads the prompts of its own answers
+            (tokens, mask), of = whole, None
         asked = meshes.place_beside(variables, (tokens, mask, keys))
         made = generate(
             self.decoder, variables, *asked, max_new=self.max_new, temperature=self.temperature,
-            top_p=self.top_p, stop=self.stop, prefix=self.prefix,
+            top_p=self.top_p, stop=self.stop, prefix=self.prefix, of=of,
         )  # fmt: skip
         read = meshes.local((made.tokens, made.mask, made.log_probs))
         written, own, log_probs = (np.asarray(x) for x in read)
         used = min(self.max_new, ANSWER_STEP * -(-int(own.sum(1).max()) // ANSWER_STEP))
         written, own, log_probs = written[:, :used], own[:, :used], log_probs[:, :used]
-        text = _side_by_side(np.asarray(tokens), np.asarray(mask), written, own)
-        log_probs = np.concatenate([np.zeros(tokens.shape, np.float32), log_probs], 1)
+        text = _side_by_side(*map(np.asarray, whole), written, own)
+        log_probs = np.concatenate([np.zeros(whole[0].shape, np.float32), log_probs], 1)
         return text, log_probs, self.answers(written, own)
 
     def answers(self, written: np.ndarray, own: np.ndarray) -> list[Answer]:
@@ -172,8 +182,9 @@ def _side_by_side(tokens: np.ndarray, mask: np.ndarray, written: np.ndarray, own
 def sample_fanouts(
     policy: LanguagePolicy, variables: PyTree, queries: Sequence[str], key: Array, *, batch: int = 64
 ) -> list[Answer]:
-    """One answer to each query (ask again for several), `batch` at a time, rounded up to what the devices
-    that hold the variables can share. A row's draws come from its own of the keys split(key, n).
+    """One answer to each query, `batch` at a time, rounded up to what the devices that hold the variables can
+    share. A row's draws come from its own of the keys split(key, n). For several answers repeat a query: a
+    prompt is read once for all that stand side by side.
 
     Raises InputError if there is no query, or a batch of none.
     """
@@ -184,11 +195,15 @@ def sample_fanouts(
     keys = jax.random.split(key, count)
     parts = meshes.parts_beside(variables)
     batch = parts * -(-min(batch, count) // parts)
+    batches = [np.minimum(np.arange(at, at + batch), count - 1) for at in range(0, count, batch)]  # filled up
+    repeat = np.cumsum([0, *(a != b for a, b in itertools.pairwise(queries))])  # one number for equal ones
+    prompts = max(len(np.unique(repeat[at])) for at in batches)  # of one shape
     answers: list[Answer] = []
     progress = Progress("answers", count, apart=10.0) if count > batch else None
-    for start in range(0, count, batch):
-        at = np.minimum(np.arange(start, start + batch), count - 1)  # the last batch is filled up
-        answers += policy.sample(variables, *policy.asked([queries[i] for i in at]), keys[at])[2]
+    for at in batches:
+        _, first, of = np.unique(repeat[at], return_index=True, return_inverse=True)
+        asked = [queries[at[i]] for i in np.resize(first, prompts)]
+        answers += policy.sample(variables, *policy.asked(asked), keys[at], of)[2]
         if progress:
             progress(min(len(answers), count))
     # Hosts may round a probability apart and then draw another token.

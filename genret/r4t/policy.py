@@ -180,8 +180,8 @@ class Rollouts:
         if (mesh := meshes.mesh_of(params)) is not None:  # every device samples its share of the answers
             self.base, params = meshes.whole(self.base, mesh), meshes.whole(params, mesh)
         variables = self.policy.variables(params, self.base)
-        asked = (np.repeat(x[at], self.group, 0) for x in (self.tokens, self.mask))
-        text, old, answers = self.policy.sample(variables, *asked, keys)
+        of = np.repeat(np.arange(self.count), self.group)
+        text, old, answers = self.policy.sample(variables, self.tokens[at], self.mask[at], keys, of)
         sampled = time.monotonic()
         groups = [answers[i : i + self.group] for i in range(0, size, self.group)]
         scores = self.reward(self.rows[at], groups)

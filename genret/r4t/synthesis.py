@@ -43,7 +43,8 @@ from genret.training.log import Progress
 from genret.types import Array, InputError, reading
 
 Policy = Callable[[list[str], Array], Sequence[Answer]]
-"""(queries, key) -> one answer each: sub-queries, or None for a malformed answer. A pure function."""
+"""(queries, key) -> one answer each: sub-queries, or None for a malformed answer. A query that is asked for
+several comes so many times. A pure function."""
 
 Reward = Callable[[np.ndarray, list[list[Answer]]], np.ndarray]
 """(query rows i32[q], answers [q][N]) -> f32[q, N]."""
@@ -239,14 +240,12 @@ def _name(shard: int) -> str:
 
 def _draw(policy: Policy, queries: list[str], key: Array, fanouts: int) -> list[list[Answer]]:
     """answers [q][N]; an answer without a sub-query is malformed."""
-    turns = []
-    for turn in range(fanouts):
-        answers = policy(queries, jax.random.fold_in(key, turn))
-        if len(answers) != len(queries):
-            problem = f"{len(answers)} answers to {len(queries)} queries"
-            raise InputError("policy", problem, "return one answer per query, None where malformed")
-        turns.append([list(a) if a else None for a in answers])
-    return [list(group) for group in zip(*turns, strict=True)]
+    answers = policy([query for query in queries for _ in range(fanouts)], key)
+    if len(answers) != len(queries) * fanouts:
+        problem = f"{len(answers)} answers to {len(queries) * fanouts} questions"
+        raise InputError("policy", problem, "return one answer each, None where malformed")
+    made = [list(answer) if answer else None for answer in answers]
+    return [made[i : i + fanouts] for i in range(0, len(made), fanouts)]
 
 
 def _shard(

@@ -242,6 +242,24 @@ def test_a_row_depends_on_its_own_key_and_prompt_only(model):
     assert len({tuple(row) for row in np.asarray(out.tokens).tolist()}) == 4
 
 
+@pytest.mark.parametrize("prefix", [None, PREFIX])
+def test_a_prompt_of_several_answers_is_read_once(model, prefix, monkeypatch):
+    decoder, variables = model
+    of, keys, read = np.array([2, 0, 0, 3, 2, 2]), jax.random.split(jax.random.key(6), 6), []
+    settings = dict(max_new=6, temperature=0.9, prefix=prefix)
+    each = generate(decoder, variables, PROMPTS[of], MASK[of], keys, **settings)
+    real = Decoder.hidden
+    monkeypatch.setattr(
+        Decoder, "hidden", lambda self, t, *rest: (read.append(t.shape), real(self, t, *rest))[1]
+    )
+    once = generate(decoder, variables, PROMPTS, MASK, keys, of=of, **settings)
+    assert read == [(1, 5)] * (prefix is not None) + [(4, 6), (6, 1)]
+    np.testing.assert_array_equal(once.tokens, each.tokens)
+    np.testing.assert_allclose(once.log_probs, each.log_probs, atol=1e-5)
+    with pytest.raises(InputError, match="0..4 of 4 prompts"):
+        generate(decoder, variables, PROMPTS, MASK, keys[:2], of=np.array([0, 4]), max_new=1)
+
+
 def test_steps_draw_afresh(tiny):
     """All weights zero: every token has probability 1/300, whatever came before."""
     config, params = tiny["llama"]

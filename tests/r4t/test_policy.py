@@ -181,12 +181,25 @@ def test_one_endless_query_is_wide_by_itself_alone(warmed):
     assert answers == sample_fanouts(policy, variables, asked, jax.random.key(3), batch=5)
 
 
-def test_sample_fanouts_batches_as_one(warmed):
+def test_sample_fanouts_batches_as_one(warmed, monkeypatch):
     policy = make_policy()
     variables = policy.variables(warmed[0], None)
     whole = sample_fanouts(policy, variables, QUERIES * 5, jax.random.key(3), batch=15)
     assert sample_fanouts(policy, variables, QUERIES * 5, jax.random.key(3), batch=4) == whole
     assert sample_fanouts(policy, variables, QUERIES * 5, jax.random.key(4), batch=15) != whole
+    # A query that stands there several times is asked once a batch, and answered as often.
+    asked, read = np.repeat(QUERIES, 5).tolist(), []
+    whole, sample = (
+        sample_fanouts(policy, variables, asked, jax.random.key(3), batch=1),
+        LanguagePolicy.sample,
+    )
+    monkeypatch.setattr(
+        LanguagePolicy,
+        "sample",
+        lambda self, v, t, *more: (read.append(len(t)), sample(self, v, t, *more))[1],
+    )
+    assert sample_fanouts(policy, variables, asked, jax.random.key(3), batch=7) == whole
+    assert len(QUERIES) == 3 and read == [2, 2, 2]
     for bad in (dict(queries=[]), dict(queries=QUERIES, batch=0)):
         with pytest.raises(InputError, match="queries"):
             sample_fanouts(policy, variables, key=jax.random.key(0), **bad)
