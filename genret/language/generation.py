@@ -53,12 +53,11 @@ def generate(
     key: key[B], one for each row; a row's draws come from its own key alone, so they do not depend on the
     batch it is in. of: i32[B], for tokens of fewer rows, the one that each of the B continues: a prompt of
     many answers is read once. temperature: 0 takes the most probable token (log_probs are then those of
-    temperature 1).
-    top_p: draw from the smallest set of most probable tokens whose probability reaches top_p (tokens as
-    probable as its last all stay). stop: ids that end a row; decoding ends when all rows have. prefix:
-    i32[F], tokens before every row. Columns of a mask that are False count nowhere; its last column must be
-    True. One prefill, then a `lax.while_loop`, and on one device another for the rows that are left when half
-    have stopped, and again; compiled for each shape and setting.
+    temperature 1). top_p: draw from the smallest set of most probable tokens whose probability reaches top_p
+    (tokens as probable as its last all stay). stop: ids that end a row; decoding ends when all rows have.
+    prefix: i32[F], tokens before every row. Columns of a mask that are False count nowhere; its last column
+    must be True. One prefill, then a `lax.while_loop`, and on one device another for the rows that are left
+    when half have stopped, and again; compiled for each shape and setting.
     Raises InputError for a setting out of range, and for shapes or a mask that do not fit.
     """
     _check_sampling(decoder, max_new, temperature, top_p, stop)
