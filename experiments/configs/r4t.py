@@ -30,7 +30,7 @@ SIZES = {
     "test": dict(
         fanout=dict(contents=2_000, queries=150),
         k=3,
-        language=dict(lora_layers=2, max_new=24, batch=4),
+        language=dict(lora_layers=2, max_new=24, batch=8),
         warm=dict(queries=8, batch=4, fit=fit_options(8, 2e-3, **WARM)),
         rl=dict(count=2, group=2, fit=fit_options(2, 3e-4, **RL)),
         synthesis=dict(queries=8, shard=8),
@@ -43,7 +43,7 @@ SIZES = {
             steps=4,
             few=("heun 2", "exponential 4"),
             spare=1,
-            latency=(4,),
+            latency=(8,),
             repeats=2,
         ),
     ),
@@ -150,7 +150,7 @@ def get_config(argument: str = "") -> ConfigDict:
         noise="log_normal",  # or log_uniform
         drop=0.1,  # share of dropped conditions, for guidance
         batch=32,  # sets per step; on a CPU small ones teach faster
-        fit=fit_options(5_000, 1e-3),
+        fit=fit_options(5_000, 4e-3),  # rate: chosen on 150 validation queries of words
     )
     c.regressor = fit_options(1_800, 1e-3)  # MSE baseline, the same sets
     c.mesh = dict(data=-1, fsdp=1, tensor=1)  # devices per axis; -1 takes what is left
