@@ -19,7 +19,7 @@ from ml_collections import ConfigDict, config_flags
 
 from experiments.workdir import tells
 from genret.training import preemption, processes
-from genret.training.memory import keep_freed_memory
+from genret.training.memory import one_heap
 from genret.types import InputError
 
 DEFINE = {
@@ -51,7 +51,7 @@ def launch(
     more = {n: DEFINE[type(default)](n, default, said) for n, (default, said) in options.items()}
 
     def run(argv: list[str]) -> None:
-        keep_freed_memory()
+        one_heap()
         logging.set_verbosity(logging.FATAL)  # Orbax tells twenty lines a checkpoint, and pages of an error
         if len(argv) > 1:
             raise app.UsageError(f"unknown argument {argv[1]}")

@@ -14,8 +14,8 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding
 
+from genret.training import memory, preemption
 from genret.training import mesh as meshes
-from genret.training import preemption
 from genret.training.checkpoint import Checkpoints, abstract_like
 from genret.training.log import MetricLog, Progress, counted_flops, peak_flops
 from genret.training.optimizer import make_optimizer
@@ -208,11 +208,12 @@ def fit(
     pending: list[tuple[int, dict]] = []
     clock, since = time.monotonic(), start
     # Whatever stops the run, what was being written is finished; SIGTERM waits for its step to be saved.
-    with preemption.patience(), closing(log), closing(checkpoints):
+    with preemption.patience(), closing(log), closing(checkpoints), memory.kept() as look:
         for step in range(start, options.steps):
             if step > start:
                 batch = stage.batch(step, state.params)
             state, metrics = step_fn(state, frozen, meshes.place(batch, on_batch))
+            look(metrics)
             pending.append((step + 1, jax.block_until_ready(metrics) if in_step else metrics))
             last = step + 1 == options.steps
             stopping = preemption.due(every=min(8, options.log_every))  # a rollout is logged each step

@@ -1,26 +1,65 @@
-"""Host memory: what a step frees is kept for the next one."""
+"""Host memory of a CPU: what a train step frees is kept for the next one."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+from collections.abc import Callable, Iterator
+from typing import Any
 
-# Parameters of glibc's mallopt(3).
+import jax
+
+from genret.types import PyTree
+
+# Parameters of glibc's mallopt(3), and the values it begins with.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
+_USUAL = {_TRIM_THRESHOLD: 128 << 10, _MMAP_MAX: 65_536}
+# Bytes a step. A heap can hold several holes of the size that is asked for: ten such should not hurt.
+MOST = 256 << 20
+_WORTH = 8 << 20
 
 
-def keep_freed_memory() -> bool:
-    """Lets this process keep the memory it frees; False where the C library is not glibc, or where the
-    environment already says how it should allocate (MALLOC_*, GLIBC_TUNABLES).
+def one_heap() -> bool:
+    """Has all threads of this process allocate from one heap, so that `kept` reaches them; False where the C
+    library is not glibc, or where the environment says how to allocate (MALLOC_*, GLIBC_TUNABLES). To be
+    called before JAX starts its threads."""
+    return all(_set({_ARENA_MAX: 1}))
+
+
+@contextlib.contextmanager
+def kept() -> Iterator[Callable[[PyTree], None]]:
+    """Gives a function to call with the outputs of each step; from the fourth on, memory that a step frees
+    may stay with the process, until the end of the context.
 
     On a CPU, XLA allocates a program's temporaries at every call. Large ones glibc gives back to the system
-    at once, which then zeroes and maps every page again: a third of a small train step. The price is that
-    the process stays as large as it was at its largest. To be called before JAX starts its threads, each of
-    which would otherwise have a heap of its own, of 64 MiB at most.
+    at once, which then zeroes and maps every page again: a third of a small step. So the pages that two steps
+    fault in are counted, and kept if they are `MOST` bytes a step or fewer. On accelerators nothing is done.
     """
+    seen: list[int] = []
+
+    def look(outputs: PyTree) -> None:
+        if len(seen) < 4 and jax.default_backend() == "cpu":
+            jax.block_until_ready(outputs)
+            seen.append(_faults())
+            if len(seen) == 4 and _WORTH <= (seen[3] - seen[1]) // 2 * os.sysconf("SC_PAGESIZE") <= MOST:
+                _set({_MMAP_MAX: 0, _TRIM_THRESHOLD: -1})
+
+    try:
+        yield look
+    finally:
+        if len(seen) == 4 and all(_set(_USUAL)):
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def _faults() -> int:
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def _set(options: dict[int, int]) -> list[Any]:
+    """What mallopt answers to each: 1, or 0 where it refuses, or is not there, or is not to be asked."""
     told = "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ)
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if told or mallopt is None:
-        return False
-    # All, in this order, and no and: musl's and other stand-ins refuse.
-    return all([mallopt(_ARENA_MAX, 1), mallopt(_MMAP_MAX, 0), mallopt(_TRIM_THRESHOLD, -1)])
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" and not told else None
+    return [mallopt(name, value) if mallopt else 0 for name, value in options.items()]
