@@ -132,7 +132,7 @@ def get_config(argument: str = "") -> ConfigDict:
         new_old=0.05,  # beta_1
         old_new=0.05,  # beta_2
         reference=0.0,  # weight of the KL to the warm start; the paper has none
-        fit=fit_options(6, 1e-3, **RL | {"warmup": 3}),  # rate: chosen on 300 validation queries of words
+        fit=fit_options(5, 5e-4, **RL | {"warmup": 3}),  # chosen on 64 validation queries of words, two seeds
     )
     c.synthesis = dict(
         queries=224,  # of training; 0 = all
