@@ -37,18 +37,21 @@ def kept() -> Iterator[Callable[[PyTree], None]]:
     fault in are counted, and kept if they are `MOST` bytes a step or fewer. On accelerators nothing is done.
     """
     seen: list[int] = []
+    keeping = False
 
     def look(outputs: PyTree) -> None:
-        if len(seen) < 4 and jax.default_backend() == "cpu":
+        nonlocal keeping
+        if len(seen) < 4 and jax.default_backend() == "cpu" and os.name == "posix":
             jax.block_until_ready(outputs)
             seen.append(_faults())
             if len(seen) == 4 and _WORTH <= (seen[3] - seen[1]) // 2 * os.sysconf("SC_PAGESIZE") <= MOST:
-                _set({_MMAP_MAX: 0, _TRIM_THRESHOLD: -1})
+                keeping = all(_set({_MMAP_MAX: 0, _TRIM_THRESHOLD: -1}))
 
     try:
         yield look
     finally:
-        if len(seen) == 4 and all(_set(_USUAL)):
+        if keeping:
+            _set(_USUAL)
             ctypes.CDLL(None).malloc_trim(0)
 
 
