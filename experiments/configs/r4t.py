@@ -32,7 +32,7 @@ SIZES = {
         k=3,
         language=dict(lora_layers=2, max_new=24, batch=8),
         warm=dict(queries=8, batch=4, fit=fit_options(8, 2e-3, **WARM)),
-        rl=dict(count=2, group=2, fit=fit_options(2, 3e-4, **RL)),
+        rl=dict(count=2, group=4, fit=fit_options(2, 3e-4, **RL)),  # eight answers at once, as all else
         synthesis=dict(queries=8, shard=8),
         diffusion=dict(size="test", dims=8, batch=16, fit=fit_options(8, 1e-3)),
         regressor=fit_options(4, 1e-3),

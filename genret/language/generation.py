@@ -7,6 +7,7 @@ A text is [prefix ; row]: an optional prefix that all rows share is read once, a
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ def generate(
     (tokens as probable as its last all stay). stop: ids that end a row; decoding ends when all rows have.
     prefix: i32[F], tokens before every row. Columns of a mask that are False count nowhere; its last column
     must be True. One prefill, then a `lax.while_loop`, and on one device another for the rows that are left
-    when half have stopped, and again; compiled for each shape and setting.
+    when half have stopped, and again; each compiled for its shapes and settings.
     Raises InputError for a setting out of range, and for shapes or a mask that do not fit.
     """
     _check_sampling(decoder, max_new, temperature, top_p, stop)
@@ -71,54 +72,90 @@ def generate(
         )
     if _is_here(mask) and not np.asarray(mask[:, -1]).all():
         raise InputError("mask", "a row ends in padding", "pad on the left, and give each row a token")
-    sampler = (float(temperature), float(top_p))
-    given = variables, tokens, mask, key, prefix, of
+    sampling = Sampling(float(temperature), float(top_p), tuple(stop))
+    going = _begin(decoder, sampling, variables, tokens, mask, key, prefix, of, max_new)
     # Rows of a mesh stay on their devices.
-    halving = bool(stop) and _on_one_device(given)
-    return _generate(decoder, *given, max_new, sampler, tuple(stop), halving)
+    halving = bool(stop) and _on_one_device((going, variables))
+    left = rows[0]
+    while halving and left // 2 >= _FEWEST:
+        left //= 2
+        going = _half(_decode(decoder, sampling, variables, key, going, left))
+    return _decode(decoder, sampling, variables, key, going, 0).out
 
 
-@functools.partial(jax.jit, static_argnums=(0, 7, 8, 9, 10))
-def _generate(
-    decoder, variables, tokens, mask, key, prefix, of, max_new, sampler, stop, halving
-) -> Generated:  # fmt: skip
-    variables = _in_dtype(variables, decoder.dtype)
-    batch = key.shape[0]
+class Sampling(NamedTuple):
+    """How a token is drawn, and which of them end a row."""
 
-    def draw(rows: Array | slice, t: Array, h: Array, alive: Array, out: Generated):
-        """Samples column t of some rows from the states h [b, W] of the column before it."""
-        logits = decoder.apply(variables, h, method="head")  # [b, V]
-        token, log_prob = _sample(logits, jax.vmap(jax.random.fold_in, (0, None))(key[rows], t), *sampler)
+    temperature: float
+    top_p: float
+    stop: tuple[int, ...]
+
+
+@struct.dataclass
+class Going:
+    """A batch B of which b rows are being decoded: t i32[], the next column; rows i32[b], which they are; of
+    each its cache, last token i32[b] and whether it goes on, bool[b]; out, of all B."""
+
+    t: Array
+    rows: Array
+    cache: Cache
+    token: Array
+    alive: Array
+    out: Generated
+
+    def drawn(self, logits: Array, key: Array, sampling: Sampling) -> Going:
+        """With column t, sampled from logits f32[b, V]."""
+        keys = jax.vmap(jax.random.fold_in, (0, None))(key[self.rows], self.t)
+        token, log_prob = _sample(logits, keys, sampling.temperature, sampling.top_p)
+        alive = self.alive
         token, log_prob = jnp.where(alive, token, 0), jnp.where(alive, log_prob, 0)
-        out = jax.tree.map(lambda x, new: x.at[rows, t].set(new), out, Generated(token, alive, log_prob))
-        return token, alive & ~jnp.isin(token, jnp.array(stop, jnp.int32)), out
+        new = Generated(token, alive, log_prob)
+        out = jax.tree.map(lambda x, new: x.at[self.rows, self.t].set(new), self.out, new)
+        goes_on = alive & ~jnp.isin(token, jnp.array(sampling.stop, jnp.int32))
+        return self.replace(t=self.t + 1, token=token, alive=goes_on, out=out)
 
-    def decode(rows: Array | slice, carry: tuple, least: int) -> tuple:
-        """Column after column, until no more than `least` of the rows go on."""
 
-        def step(carry):
-            t, cache, token, alive, out = carry
-            h, cache = decoder.apply(variables, token[:, None], alive[:, None], cache, method="hidden")
-            return t + 1, cache, *draw(rows, t, h[:, 0], alive, out)
-
-        return jax.lax.while_loop(lambda c: (c[0] < max_new) & (c[3].sum() > least), step, carry)
-
+# Reading, decoding and halving are programs of their own: a prompt of another length or number of answers
+# compiles the first alone, and most of the time goes into compiling the second.
+@functools.partial(jax.jit, static_argnums=(0, 1, 8))
+def _begin(decoder, sampling, variables, tokens, mask, key, prefix, of, max_new) -> Going:
+    """Reads the prompts and draws the first column."""
+    variables = _in_dtype(variables, decoder.dtype)
     cache = _read_prefix(decoder, variables, prefix, len(tokens), tokens.shape[1] + max_new - 1)
     h, cache = decoder.apply(variables, tokens, mask, cache, method="hidden")
     last = h[:, -1]
     if of is not None:
         last, cache = last[of], cache.rows(of)
+    batch = len(last)
     nothing = jnp.zeros((batch, max_new))
     out = Generated(nothing.astype(jnp.int32), nothing.astype(bool), nothing)
-    rows, left = slice(None), batch
-    carry = (jnp.int32(1), cache, *draw(rows, jnp.int32(0), last, jnp.ones(batch, bool), out))
-    while halving and left // 2 >= _FEWEST:
-        left //= 2
-        t, cache, token, alive, out = decode(rows, carry, left)
-        on = jnp.argsort(~alive, stable=True)[:left]
-        rows = jnp.arange(batch)[rows][on]
-        carry = (t, cache.rows(on), token[on], alive[on], out)
-    return decode(rows, carry, 0)[-1]
+    first = Going(
+        jnp.int32(0), jnp.arange(batch), cache, jnp.zeros(batch, jnp.int32), jnp.ones(batch, bool), out
+    )
+    return first.drawn(decoder.apply(variables, last, method="head"), key, sampling)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+def _decode(decoder, sampling, variables, key, going, least) -> Going:
+    """Column after column, until no more than `least` of the rows go on."""
+    variables = _in_dtype(variables, decoder.dtype)
+
+    def step(at: Going) -> Going:
+        h, cache = decoder.apply(variables, at.token[:, None], at.alive[:, None], at.cache, method="hidden")
+        logits = decoder.apply(variables, h[:, 0], method="head")  # [b, V]
+        return at.replace(cache=cache).drawn(logits, key, sampling)
+
+    last = going.out.tokens.shape[1]
+    return jax.lax.while_loop(lambda at: (at.t < last) & (at.alive.sum() > least), step, going)
+
+
+@jax.jit
+def _half(going: Going) -> Going:
+    """The half of the rows that go on; there are no more."""
+    on = jnp.argsort(~going.alive, stable=True)[: len(going.rows) // 2]
+    return going.replace(
+        rows=going.rows[on], cache=going.cache.rows(on), token=going.token[on], alive=going.alive[on]
+    )
 
 
 def token_log_probs(

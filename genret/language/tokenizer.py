@@ -122,7 +122,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def tokenizer_of(reader: Any) -> Tokenizer:
     """The tokenizer in an open GGUF (`read_gguf`); raises as `load_tokenizer`."""
     tokenizers = _tokenizers()
-    path = str(reader.data.filename)
+    path = reader.path
 
     def read(key: str) -> Any:
         value = gguf_value(reader, f"tokenizer.ggml.{key}")

@@ -5,6 +5,7 @@ Both return float32 numpy arrays on the host, checked one by one against the mod
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -42,7 +43,7 @@ _TENSORS = {
 
 
 def read_gguf(path: str | Path) -> Any:
-    """An open `gguf.GGUFReader`; raises InputError when `path` is no whole GGUF file."""
+    """An open `gguf.GGUFReader` with its `path`; raises InputError when `path` is no whole GGUF file."""
     try:
         import gguf
     except ImportError as error:
@@ -56,12 +57,15 @@ def read_gguf(path: str | Path) -> Any:
         def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> np.ndarray:
             if int(offset) + int(count) * np.dtype(dtype).itemsize > len(self.data):
                 raise ValueError(f"{count} elements at {offset} are past the end")
+            self.data = np.asarray(self.data)  # slices of a memmap cost twice as much, and there are 250,000
             return super()._get(offset, dtype, count, override_order)
 
     try:
-        return Bounded(path)
+        reader = Bounded(path)
     except Exception as error:  # a cut file fails wherever its end happens to be
         raise InputError(str(path), f"not readable as GGUF ({error})", _FETCH) from error
+    reader.path = str(path)
+    return reader
 
 
 def gguf_value(reader: Any, key: str) -> Any:
@@ -70,7 +74,7 @@ def gguf_value(reader: Any, key: str) -> Any:
     try:
         return None if field is None else field.contents()
     except ValueError as error:
-        raise InputError(str(reader.data.filename), f"{key} is not readable ({error})", _FETCH) from error
+        raise InputError(reader.path, f"{key} is not readable ({error})", _FETCH) from error
 
 
 def load_gguf(path: str | Path) -> tuple[DecoderConfig, PyTree]:
@@ -84,7 +88,7 @@ def load_gguf(path: str | Path) -> tuple[DecoderConfig, PyTree]:
 
 def decoder_of(reader: Any) -> tuple[DecoderConfig, PyTree]:
     """`load_gguf` of an open GGUF (`read_gguf`)."""
-    path = str(reader.data.filename)
+    path = reader.path
     config = _gguf_config(path, reader)
     tensors = {tensor.name.removesuffix(".weight"): tensor for tensor in reader.tensors}
     llama = gguf_value(reader, "general.architecture") == "llama"
@@ -269,10 +273,14 @@ def _params(
         problem = f"{config.num_hidden_layers} layers, and {len(left)} tensors"
         raise InputError(str(path), problem, "Take configuration and weights from one checkpoint.")
     tokens, mask = jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1, 1), jnp.bool_)
-    init = Decoder(config).init
+    init = Decoder(dataclasses.replace(config, num_hidden_layers=1)).init  # all have the same shapes
     shapes = jax.eval_shape(lambda t, m: init(jax.random.key(0), t, m)["params"], tokens, mask)
-    params = {}
+    wanted = {}
     for key, leaf in traverse_util.flatten_dict(shapes).items():
+        layers = range(config.num_hidden_layers) if key[0] == "layers_0" else ()
+        wanted |= {(f"layers_{i}", *key[1:]): leaf for i in layers} or {key: leaf}
+    params = {}
+    for key, leaf in wanted.items():
         module, layer = key[-2], key[0].removeprefix("layers_")
         tensor = take(module, layer)
         name = "/".join(key)

@@ -172,6 +172,11 @@ def _columns(tokens: int) -> int:
     return PROMPT_STEP * -(-tokens // PROMPT_STEP)
 
 
+def _few_sizes(count: int) -> int:
+    """A power of two that holds so many: batches of few sizes compile few programs."""
+    return 1 << (count - 1).bit_length()
+
+
 def _side_by_side(tokens: np.ndarray, mask: np.ndarray, written: np.ndarray, own: np.ndarray) -> Text:
     return Text(
         np.concatenate([tokens, written], 1), np.concatenate([mask, own], 1),
@@ -182,9 +187,9 @@ def _side_by_side(tokens: np.ndarray, mask: np.ndarray, written: np.ndarray, own
 def sample_fanouts(
     policy: LanguagePolicy, variables: PyTree, queries: Sequence[str], key: Array, *, batch: int = 64
 ) -> list[Answer]:
-    """One answer to each query, `batch` at a time, rounded up to what the devices that hold the variables can
-    share. A row's draws come from its own of the keys split(key, n). For several answers repeat a query: a
-    prompt is read once for all that stand side by side.
+    """One answer to each query, `batch` at a time, or a power of two that holds all; rounded up to what the
+    devices that hold the variables can share. A row's draws come from its own of the keys split(key, n). For
+    several answers repeat a query: a prompt is read once for all that stand side by side.
 
     Raises InputError if there is no query, or a batch of none.
     """
@@ -194,10 +199,10 @@ def sample_fanouts(
     count = len(queries)
     keys = jax.random.split(key, count)
     parts = meshes.parts_beside(variables)
-    batch = parts * -(-min(batch, count) // parts)
+    batch = parts * -(-min(batch, _few_sizes(count)) // parts)
     batches = [np.minimum(np.arange(at, at + batch), count - 1) for at in range(0, count, batch)]  # filled up
     repeat = np.cumsum([0, *(a != b for a, b in itertools.pairwise(queries))])  # one number for equal ones
-    prompts = max(len(np.unique(repeat[at])) for at in batches)  # of one shape
+    prompts = min(batch, _few_sizes(max(len(np.unique(repeat[at])) for at in batches)))
     answers: list[Answer] = []
     progress = Progress("answers", count, apart=10.0) if count > batch else None
     for at in batches:
