@@ -150,15 +150,15 @@ class Projection(nn.Module):
         kernel = self.param("kernel", nn.initializers.normal(1 / math.sqrt(into)), (into, self.features))
         y = x @ kernel.astype(self.dtype)
         if rank:
-            a = self.variable("lora", "a", lambda: _first_factor(self.make_rng("params"), into, rank)).value
+            a = self.variable("lora", "a", lambda: _first_factor(self.make_rng("params"), (into, rank))).value
             b = self.variable("lora", "b", lambda: jnp.zeros((rank, self.features))).value
             y += (self.alpha / rank) * ((x @ a.astype(self.dtype)) @ b.astype(self.dtype))
         return y.reshape(*shape, self.features)
 
 
-def _first_factor(key: Array, into: int, rank: int) -> Array:
-    """A with entries of variance 1/in, so that x A has the scale of x."""
-    return jax.random.normal(key, (into, rank)) / math.sqrt(into)
+def _first_factor(key: Array, shape: tuple[int, ...]) -> Array:
+    """A [..., in, r] with entries of variance 1/in, so that x A has the scale of x."""
+    return jax.random.normal(key, shape) / math.sqrt(shape[-2])
 
 
 class Block(nn.Module):
@@ -244,9 +244,7 @@ class Decoder(nn.Module):
 
     def setup(self):
         c = self.config
-        if self.lora_rank < 0 or not 0 <= self.lora_layers <= c.num_hidden_layers:
-            found = f"rank {self.lora_rank}, {self.lora_layers} layers of {c.num_hidden_layers}"
-            raise InputError("lora", found, "use a rank of 0 or more and at most as many layers as there are")
+        _check_lora(self)
         self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size, embedding_init=_normal)
         plain = c.num_hidden_layers - (self.lora_layers or c.num_hidden_layers)
         self.layers = [
@@ -310,6 +308,13 @@ class Decoder(nn.Module):
         return self.lm_head(x).astype(jnp.float32)
 
 
+def _check_lora(decoder: Decoder) -> None:
+    rank, layers, most = decoder.lora_rank, decoder.lora_layers, decoder.config.num_hidden_layers
+    if rank < 0 or not 0 <= layers <= most:
+        found = f"rank {rank}, {layers} layers of {most}"
+        raise InputError("lora", found, "use a rank of 0 or more and at most as many layers as there are")
+
+
 def init_lora(decoder: Decoder, key: Array) -> PyTree:
     """The "lora" collection at its start (B = 0: the identity); the base weights are not drawn.
 
@@ -317,5 +322,22 @@ def init_lora(decoder: Decoder, key: Array) -> PyTree:
     """
     if not decoder.lora_rank:
         raise InputError("lora_rank", "0: there are no factors to draw", "use a positive rank")
-    tokens, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
-    return jax.jit(lambda k: decoder.init(k, tokens, mask)["lora"])(key)
+    _check_lora(decoder)
+    c, tokens, mask = decoder.config, jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
+    count = decoder.lora_layers or c.num_hidden_layers
+    # Layers have the same shapes: one is traced, and what all have of a factor is drawn at once.
+    one = decoder.clone(config=dataclasses.replace(c, num_hidden_layers=1), lora_layers=0)
+    shapes = jax.eval_shape(one.init, key, tokens, mask)["lora"]["layers_0"]
+    names = sorted(shapes)
+
+    @jax.jit
+    def draw(key: Array) -> PyTree:
+        def of_all(name: str, key: Array) -> PyTree:
+            a = _first_factor(key, (count, *shapes[name]["a"].shape))
+            return {"a": a, "b": jnp.zeros((count, *shapes[name]["b"].shape))}
+
+        drawn = dict(zip(names, map(of_all, names, jax.random.split(key, len(names))), strict=True))
+        first = c.num_hidden_layers - count
+        return {f"layers_{first + i}": jax.tree.map(lambda x, i=i: x[i], drawn) for i in range(count)}
+
+    return draw(key)

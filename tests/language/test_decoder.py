@@ -116,6 +116,15 @@ def test_lora_starts_as_the_identity_and_is_then_the_merged_weight(tiny):
     start = apply({"params": params, "lora": init_lora(decoder, jax.random.key(0))}, TOKENS, mask)
     np.testing.assert_array_equal(start, full(config, params, TOKENS))
 
+    wanted = jax.eval_shape(decoder.init, jax.random.key(0), TOKENS, mask)["lora"]
+    first = init_lora(decoder, jax.random.key(0))
+    chex.assert_trees_all_equal_shapes_and_dtypes(first, wanted)
+    drawn = [np.asarray(f["a"]) for p in first.values() for f in p.values()]
+    assert len({a.tobytes() for a in drawn}) == len(drawn)  # no two alike
+    scaled = np.concatenate([(a * np.sqrt(len(a))).ravel() for a in drawn])
+    assert abs(scaled.mean()) < 4 / np.sqrt(scaled.size)
+    assert abs(scaled.var() - 1) < 4 * np.sqrt(2 / scaled.size)
+
     lora = random_lora(decoder)
     merged = jax.tree.map(lambda x: x, params)
     for layer, projections in lora.items():
