@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import threading
 import time
 
+import jax
 import pytest
 
 from experiments import evaluate
@@ -17,7 +19,17 @@ from experiments.report_rows import read_about
 from experiments.workdir import read_rows, same_run
 from genret.modit import protocol
 from genret.training.loop import fit
+from genret.training.mesh import make_mesh
 from genret.types import InputError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone():
+    """One of the simulated devices, as on a laptop: meshes are tested elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        one = functools.partial(make_mesh, devices=jax.devices()[:1])
+        patch.setattr("experiments.modit.make_mesh", one)
+        yield
 
 
 @pytest.fixture(scope="module")

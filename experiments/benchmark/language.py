@@ -176,6 +176,7 @@ def grpo(world: World) -> Work:
         return out
 
     def split() -> dict[str, Any]:
+        trainer.memory.close()
         kept = reports[3:]  # one shaped the step, one compiled, one warmed up
         parts = {part: [r[f"{part}_s"] for r in kept] for part in ("rollout", "reward")}
         parts["update"] = updates[2:]

@@ -1,7 +1,8 @@
 """Timing of one line of the benchmark, and what fraction of the machine it comes to.
 
 A time is that of a call whose result has been waited for. The first call, which compiles, is reported apart,
-and one more that warms up is left out. Of the repeats the median and the quartiles are kept, not the best.
+and those that warm up are left out: one, or four of a train step. Of the repeats the median and the quartiles
+are kept, not the best.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Work:
     flops: of a call by `formula`, None where none fits (a graph search); xla: as XLA counts them before
         fusion, element-wise arithmetic included. A loop, whose body XLA counts once, is counted per turn.
     bytes: read by a call where memory is the bound, as `traffic` says. after: () -> more fields of the row.
+    warm: calls after the first that are not timed.
     """
 
     call: Callable[[], Any]
@@ -46,6 +48,7 @@ class Work:
     traffic: str = ""
     more: dict[str, Any] = field(default_factory=dict)
     after: Callable[[], dict[str, Any]] | None = None
+    warm: int = 1
 
 
 @dataclass(frozen=True)
@@ -68,21 +71,21 @@ def xla_flops(function: Callable, *args: Any, **kwargs: Any) -> float:
     return counted_flops(jitted.lower(*args, **kwargs))
 
 
-def sampled(call: Callable[[], Any], repeats: int) -> tuple[float, list[float]]:
-    """Seconds of the first call, and of each of `repeats` calls after one more to warm up."""
+def sampled(call: Callable[[], Any], repeats: int, warm: int = 1) -> tuple[float, list[float]]:
+    """Seconds of the first call, and of each of `repeats` calls after `warm` more."""
 
     def once() -> float:
         began = time.perf_counter()
         jax.block_until_ready(call())
         return time.perf_counter() - began
 
-    first, _ = once(), once()
-    return first, [once() for _ in range(repeats)]
+    first, *seconds = [once() for _ in range(1 + warm + repeats)]
+    return first, seconds[warm:]
 
 
 def measure(name: str, work: Work, machine: Machine | None, repeats: int) -> dict[str, Any]:
     """The row of one line; machine: None gives no fractions."""
-    first, seconds = sampled(work.call, repeats)
+    first, seconds = sampled(work.call, repeats, work.warm)
     low, median, high = (float(np.quantile(seconds, q)) for q in (0.25, 0.5, 0.75))
     row: dict[str, Any] = {"line": name, "about": work.about, "items": work.items, "unit": work.unit}
     row |= {"median_s": median, "quartiles_s": [low, high], "repeats": repeats, "seconds": seconds}

@@ -122,7 +122,7 @@ def train(world: World, compiled: bool) -> Work:
 
     about = f"the same weights and batch of {len(batch.target)}; loss, backward, clipping, fused AdamW, EMA"
     more = {"peer_of": "train sft", "threads": threads()} | apart
-    return Work(call, about, len(batch.target), "examples", more=more)
+    return Work(call, about, len(batch.target), "examples", more=more, warm=4)
 
 
 def check_sampling(world: World, trainer: TorchTrainer, key: jax.Array) -> dict[str, float]:
