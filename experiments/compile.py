@@ -36,7 +36,8 @@ from experiments.abstract import abstract_fanout_run, abstract_run
 from experiments.command import launch
 from experiments.workdir import write_text
 from genret.training import mesh as meshes
-from genret.training.loop import FitOptions, begin, compiled_step, flops_per_step
+from genret.training.log import counted_flops
+from genret.training.loop import FitOptions, begin, compiled_step
 from genret.training.stage import Stage
 from genret.types import InputError, PyTree
 
@@ -105,11 +106,11 @@ def compile_stage(stage: Stage, options: FitOptions, mesh: Mesh) -> dict[str, An
     placed = meshes.shardings(state, mesh, stage.rules)
     batch = stage.batch(0, state.params)
     step, *_ = compiled_step(stage, options, mesh, placed, batch)
-    lowered = step.lower(state, *shapes_of((stage.frozen, batch)))
+    traced = step.trace(state, *shapes_of((stage.frozen, batch)))
     row = {"stage": stage.name, "parameters": sum(x.size for x in jax.tree.leaves(state.params))}
-    row |= {"batch": len(jax.tree.leaves(batch)[0])} | costs(lowered)
+    row |= {"batch": len(jax.tree.leaves(batch)[0])} | costs(traced.lower())
     if not row["flops"]:
-        row["flops"] = flops_per_step(lowered, options) / mesh.size
+        row["flops"] = counted_flops(traced) / mesh.size
     return row
 
 

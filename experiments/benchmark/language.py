@@ -15,7 +15,7 @@ import numpy as np
 
 from experiments.benchmark import flops as fl
 from experiments.benchmark.lines import Trainer, synthetic_noise
-from experiments.benchmark.measure import Work, xla_flops
+from experiments.benchmark.measure import Work, traced_flops
 from experiments.benchmark.world import World, synthetic_vectors
 from genret.language.decoder import Decoder, DecoderConfig, empty_cache, init_lora
 from genret.language.encoder import load_encoder
@@ -75,7 +75,7 @@ def asked(world: World) -> tuple[Any, Any]:
 
 
 def _pass_flops(decoder: Decoder, params: PyTree, batch: int, columns: int, slots: int) -> float:
-    """XLA's count of `columns` new columns against a cache of `slots`, with one head per row."""
+    """FLOPs of `columns` new columns against a cache of `slots`, with one head per row."""
 
     def forward(variables, tokens, mask, cache):
         h, cache = decoder.apply(variables, tokens, mask, cache, method="hidden")
@@ -84,7 +84,7 @@ def _pass_flops(decoder: Decoder, params: PyTree, batch: int, columns: int, slot
     tokens = jax.ShapeDtypeStruct((batch, columns), jnp.int32)
     mask = jax.ShapeDtypeStruct((batch, columns), bool)
     cache = jax.eval_shape(lambda: empty_cache(decoder.config, batch, slots, decoder.dtype))
-    return xla_flops(forward, {"params": params}, tokens, mask, cache)
+    return traced_flops(forward, {"params": params}, tokens, mask, cache)
 
 
 def generated(world: World, new: int) -> Work:

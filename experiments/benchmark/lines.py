@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from experiments.benchmark import flops as fl
-from experiments.benchmark.measure import Work, threads, xla_flops
+from experiments.benchmark.measure import Work, threads, traced_flops
 from experiments.benchmark.world import DOMAINS, SEEDS, WALK, World
 from genret.diffusion.preference import Preference
 from genret.diffusion.retriever import Retriever
@@ -29,7 +29,8 @@ from genret.retrieval.index import ExactIndex, Index, recall_by_score, scann_ind
 from genret.retrieval.scoring import Scorer
 from genret.training import memory
 from genret.training import mesh as meshes
-from genret.training.loop import FitOptions, begin, compiled_step, flops_per_step
+from genret.training.log import counted_flops
+from genret.training.loop import FitOptions, begin, compiled_step
 from genret.training.stage import Stage
 from genret.types import PyTree
 
@@ -53,7 +54,7 @@ class Trainer:
         self.step, on_frozen, self.on_batch = compiled_step(stage, options, mesh, placed, host)
         self.frozen = meshes.place(stage.frozen, on_frozen)
         self.batch = meshes.place(host, self.on_batch)
-        self.flops = flops_per_step(self.step.lower(self.state, self.frozen, self.batch), options)
+        self.flops = counted_flops(self.step.trace(self.state, self.frozen, self.batch))
         self.memory = contextlib.ExitStack()
         self.look = self.memory.enter_context(memory.kept())
 
@@ -185,11 +186,12 @@ def sample(world: World, method: str, steps: int) -> Work:
     args = (world.retriever, params, jax.device_put(world.space), given, keys, None)
     calls = network_calls(method, steps)
     one = fl.dit(world.retriever.model, rows=1, context=SEEDS)
-    counted = xla_flops(Retriever.generate, *args, method="posterior_mean")
+    call = functools.partial(Retriever.generate, *args, method=method, steps=steps)
     return Work(
-        lambda: Retriever.generate(*args, method=method, steps=steps),
+        call,
         f"{_network(world)}, S {SEEDS}, K 1, batch {size}, {calls} network calls", size, "queries",
-        size * calls * one.total, f"calls x forward; forward: {fl.DIT}", calls * counted,
+        size * calls * one.total, f"calls x forward; forward: {fl.DIT}",
+        traced_flops(call),
     )  # fmt: skip
 
 
@@ -227,10 +229,9 @@ def synthetic_noise(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndar
 def _search_flops(index: ExactIndex, count: int, k: int) -> float:
     queries = jax.ShapeDtypeStruct((count, index.width), np.float32)
     rows = jax.ShapeDtypeStruct(index.rows.shape, np.float32)
-    counted = xla_flops(
+    return traced_flops(
         search_rows, queries, rows, k=k, num_items=index.num_items, block=index.block, mesh=index.mesh
     )
-    return counted * (len(index.rows) // index.block)
 
 
 def _search(world: World, index: Index, built: float, **fields: Any) -> Work:
@@ -251,7 +252,7 @@ def search_exact(world: World) -> Work:
     passes = -(-q // index.query_block)
     return _search(
         world, index, built, flops=2.0 * q * world.vectors.size, formula="2 n D per query",
-        xla=_search_flops(index, q, world.scale.depth), bytes=4.0 * index.rows.size * passes,
+        counted=_search_flops(index, q, world.scale.depth), bytes=4.0 * index.rows.size * passes,
         traffic="the corpus once per block of queries",
     )  # fmt: skip
 

@@ -31,8 +31,8 @@ class Work:
     """One thing to time.
 
     call: () -> arrays, waited for. about: what runs, with its sizes. items: of a call, in `unit`s.
-    flops: of a call by `formula`, None where none fits (a graph search); xla: as XLA counts them before
-        fusion, element-wise arithmetic included. A loop, whose body XLA counts once, is counted per turn.
+    flops: of a call by `formula`, None where none fits (a graph search); counted: of the products in its
+        traced program.
     bytes: read by a call where memory is the bound, as `traffic` says. after: () -> more fields of the row.
     warm: calls after the first that are not timed.
     """
@@ -43,7 +43,7 @@ class Work:
     unit: str
     flops: float | None = None
     formula: str = ""
-    xla: float | None = None
+    counted: float | None = None
     bytes: float | None = None
     traffic: str = ""
     more: dict[str, Any] = field(default_factory=dict)
@@ -65,10 +65,10 @@ def threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def xla_flops(function: Callable, *args: Any, **kwargs: Any) -> float:
-    """FLOPs of a jitted or plain function as XLA counts them before fusion; nothing is compiled or run."""
-    jitted = function if hasattr(function, "lower") else jax.jit(function)
-    return counted_flops(jitted.lower(*args, **kwargs))
+def traced_flops(function: Callable, *args: Any, **kwargs: Any) -> float:
+    """FLOPs of the matrix products of a jitted or plain function; nothing is compiled or run."""
+    jitted = function if hasattr(function, "trace") else jax.jit(function)
+    return counted_flops(jitted.trace(*args, **kwargs))
 
 
 def sampled(call: Callable[[], Any], repeats: int, warm: int = 1) -> tuple[float, list[float]]:
@@ -90,7 +90,7 @@ def measure(name: str, work: Work, machine: Machine | None, repeats: int) -> dic
     row: dict[str, Any] = {"line": name, "about": work.about, "items": work.items, "unit": work.unit}
     row |= {"median_s": median, "quartiles_s": [low, high], "repeats": repeats, "seconds": seconds}
     row |= {"first_call_s": first, "compile_s": max(first - median, 0.0), "items_per_s": work.items / median}
-    row |= {"flops_formula": work.flops, "formula": work.formula, "flops_xla": work.xla}
+    row |= {"flops_formula": work.flops, "formula": work.formula, "flops_counted": work.counted}
     if work.flops:
         row["flop_per_s"] = work.flops / median
     if machine and work.flops:
@@ -108,7 +108,7 @@ def matmul_work(size: int, dtype: str) -> Work:
     a = jnp.ones((size, size), dtype)
     return Work(
         lambda: multiply(a), f"{dtype}[{size}, {size}] squared", 1, "products", 2.0 * size**3, "2 n^3",
-        xla_flops(multiply, a),
+        traced_flops(multiply, a),
     )  # fmt: skip
 
 
@@ -149,7 +149,18 @@ def _cpu() -> str:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """What people read: one line a row, aligned."""
-    head = ["line", "items", "median", "quartiles", "items/s", "formula", "XLA", "FLOP/s", "MFU", "memory"]
+    head = [
+        "line",
+        "items",
+        "median",
+        "quartiles",
+        "items/s",
+        "formula",
+        "counted",
+        "FLOP/s",
+        "MFU",
+        "memory",
+    ]
     head += ["compile", ""]
     body = [head] + [_cells(row) for row in rows]
     widths = [max(len(line[i]) for line in body) for i in range(len(head))]
@@ -170,7 +181,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [
         row["line"], f"{row['items']} {row['unit']}", _seconds(row["median_s"]),
         f"{_seconds(low)}-{_seconds(high)}", _si(row["items_per_s"]), _si(row["flops_formula"]),
-        _si(row["flops_xla"]), _si(row.get("flop_per_s")), _share(row.get("mfu")),
+        _si(row["flops_counted"]), _si(row.get("flop_per_s")), _share(row.get("mfu")),
         _share(row.get("bandwidth_fraction")), _seconds(row["compile_s"]), "; ".join(filter(None, notes)),
     ]  # fmt: skip
 

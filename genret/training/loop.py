@@ -196,7 +196,7 @@ def fit(
         )
     step_fn, on_frozen, on_batch = compiled_step(stage, options, mesh, placed, batch)
     frozen = meshes.place(stage.frozen, on_frozen)
-    flops = flops_per_step(step_fn.lower(state, frozen, meshes.place(batch, on_batch)), options)
+    flops = counted_flops(step_fn.trace(state, frozen, meshes.place(batch, on_batch)))
     peak = peak_flops()
 
     # Simulated CPU devices share one thread pool: programs that run ahead starve each other's collectives.
@@ -236,16 +236,6 @@ def fit(
                 print(f"{stage.name}: SIGTERM, saved at step {step + 1}", flush=True)
                 break
     return state
-
-
-def flops_per_step(lowered: jax.stages.Lowered, options: FitOptions) -> float:
-    """FLOPs of a train step over its whole batch, as XLA counts them before fusion; 0 where it does not.
-
-    lowered: of `compiled_step`, so that nothing is traced twice. XLA counts one microbatch of a step, the
-    optimiser, a few percent of a small model, with it, and the body of a loop once: too few where a loss goes
-    through a corpus or a vocabulary in blocks.
-    """
-    return options.microbatches * counted_flops(lowered)
 
 
 def _stop_if_not_finite(name: str, fetched: list[tuple[int, dict]], latest: int | None) -> None:

@@ -2,9 +2,13 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from genret.training import log
+from genret.training.mesh import make_mesh
 
 
 def test_durations():
@@ -97,3 +101,24 @@ def test_tensorboard_gets_every_row_at_once_whatever_the_clock_says(tmp_path, mo
     assert (events[1].step, events[1].session_log.status) == (3, 1)  # START: rows from 3 on are new
     found = [(e.step, {v.tag: v.simple_value for v in e.summary.value}) for e in events[2:]]
     assert found == [(3, {"loss": 0.5, "validation joint": 0.25}), (4, {"loss": 0.125})]
+
+
+def test_products_are_counted_as_often_as_they_run():
+    x, w, wide = jnp.zeros((8, 4)), jnp.zeros((4, 4)), jnp.zeros((4, 5))
+    one = 2 * 8 * 4 * 4
+    mesh = make_mesh(8, 1, 1)
+    split = jax.shard_map(lambda x: x @ w, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    cases = {
+        "plain": (lambda x: jnp.sin(x @ w) * 2, one),
+        "batched": (lambda x: jnp.einsum("abc,abd->acd", x.reshape(2, 4, 4), x.reshape(2, 4, 4)), one),
+        "scan": (lambda x: jax.lax.scan(lambda c, _: (c @ w, c), x, None, length=7)[0], 7 * one),
+        "map in a jit": (lambda x: jax.jit(lambda x: jax.lax.map(lambda r: r @ w, x))(x), one),
+        "cond": (lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: (x @ w).sum(), lambda x: (x @ wide).sum(), x),
+                 2 * 8 * 4 * 5),
+        "while": (lambda x: jax.lax.while_loop(lambda c: c[0, 0] > 0, lambda c: c @ w, x), one),
+        "shard_map": (split, one),
+        "remat": (jax.grad(lambda x: (jax.checkpoint(lambda x: jnp.sin(jnp.sin(x @ w) @ w))(x)).sum()),
+                  6 * one),
+    }  # fmt: skip
+    for name, (function, expected) in cases.items():
+        assert log.counted_flops(jax.jit(function).trace(x)) == expected, name
