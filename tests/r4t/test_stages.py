@@ -365,7 +365,7 @@ def test_the_matched_regressor_finds_one_answer_and_averages_two(mixture, sets_o
     single = sets_of(np.stack([a[0][rng.permutation(3)] for a in wanted]), np.arange(2000))
     test, answers = ask(13, 64)
     one, two = (
-        trained(tmp_path / name, sets, queries, steps=150, regression=True, positions=True)
+        trained(tmp_path / name, sets, queries, steps=100, regression=True, positions=True)
         for name, sets in (("one", single), ("two", mixture[0]))
     )
     draw = lambda model: model.sets(test, method="posterior_mean", guidance=0.0)  # noqa: E731
