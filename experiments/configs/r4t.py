@@ -49,7 +49,6 @@ SIZES = {
     ),
     "demo": {},
     "evidence": dict(
-        rl=dict(fit=fit_options(8, 1e-3, **RL)),
         synthesis=dict(queries=640, fanouts=1, shard=64),
         diffusion=dict(size="wide", dims=192, fit=fit_options(16_000, 1e-3)),
         evaluation=dict(queries=56, repeated=8),
@@ -58,7 +57,7 @@ SIZES = {
         language=dict(reason=True, max_new=512, dtype="bfloat16", batch=1024),
         warm=dict(queries=10_000, fit=fit_options(200, 1e-3, **WARM)),
         rl=dict(count=64, fit=fit_options(1_000, 3e-4, **RL | {"save_every": 50})),
-        synthesis=dict(queries=0, fanouts=128),
+        synthesis=dict(queries=0, fanouts=128, keep_top=1.0),
         diffusion=dict(
             size="r4t",
             block="paper",
@@ -138,7 +137,7 @@ def get_config(argument: str = "") -> ConfigDict:
         queries=224,  # of training; 0 = all
         fanouts=2,  # of each (papers' B.4: 128)
         distinct=False,  # refill repeated rows
-        keep_top=1.0,  # share of each query's best sets
+        keep_top=0.5,  # share of each query's best sets: of two the better, chosen on 150 validation queries
         shard=32,  # queries written at a time
     )
     c.diffusion = dict(
@@ -150,7 +149,7 @@ def get_config(argument: str = "") -> ConfigDict:
         noise="log_normal",  # or log_uniform
         drop=0.1,  # share of dropped conditions, for guidance
         batch=32,  # sets per step; on a CPU small ones teach faster
-        fit=fit_options(5_000, 4e-3),  # rate: chosen on 150 validation queries of words
+        fit=fit_options(7_000, 4e-3),  # rate: chosen on 150 validation queries of words
     )
     c.regressor = fit_options(1_800, 1e-3)  # MSE baseline, the same sets
     c.mesh = dict(data=-1, fsdp=1, tensor=1)  # devices per axis; -1 takes what is left

@@ -108,7 +108,7 @@ def make_step(stage: Stage, options: FitOptions, tx: optax.GradientTransformatio
         params = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(options.ema_decay, (1.0 + state.step) / (10.0 + state.step))
         ema = jax.tree.map(lambda e, p: e * decay + p * (1 - decay), state.ema, params)
-        metrics |= {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
+        metrics |= {"grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 
     return step
@@ -205,6 +205,7 @@ def fit(
     # 3. The loop. Order is fixed: batch of this step, step, log, save. Losses stay on the device
     # between log lines, so the host runs ahead and prepares the next batch meanwhile.
     log, progress = MetricLog(workdir, start), Progress(stage.name, options.steps, start)
+    norm = jax.jit(optax.tree.norm)  # of the parameters, where it is logged: a pass over them all
     pending: list[tuple[int, dict]] = []
     clock, since = time.monotonic(), start
     # Whatever stops the run, what was being written is finished; SIGTERM waits for its step to be saved.
@@ -220,9 +221,11 @@ def fit(
             saving = last or stopping or (step + 1) % options.save_every == 0
             if saving or (step + 1) % options.log_every == 0:
                 fetched = [(s, jax.device_get(m)) for s, m in pending]
+                fetched[-1][1]["param_norm"] = float(norm(state.params))
                 _stop_if_not_finite(stage.name, fetched, checkpoints.latest())
                 seconds = (time.monotonic() - clock) / (step + 1 - since)
-                row = {k: float(np.mean([m[k] for _, m in fetched])) for k in fetched[0][1]}
+                row = {k: float(np.mean([m[k] for _, m in fetched])) for k in pending[0][1]}
+                row |= {"param_norm": fetched[-1][1]["param_norm"]}
                 row |= {"steps_per_s": 1 / seconds, "examples_per_s": rows / seconds}
                 row |= {"flop_per_s": flops / seconds} | ({"mfu": flops / seconds / peak} if peak else {})
                 log.write(step + 1, row)
