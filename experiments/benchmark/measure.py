@@ -149,19 +149,7 @@ def _cpu() -> str:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """What people read: one line a row, aligned."""
-    head = [
-        "line",
-        "items",
-        "median",
-        "quartiles",
-        "items/s",
-        "formula",
-        "counted",
-        "FLOP/s",
-        "MFU",
-        "memory",
-    ]
-    head += ["compile", ""]
+    head = "line items median quartiles items/s formula counted FLOP/s MFU memory compile".split() + [""]
     body = [head] + [_cells(row) for row in rows]
     widths = [max(len(line[i]) for line in body) for i in range(len(head))]
     return "\n".join(

@@ -93,11 +93,12 @@ class Sampling(NamedTuple):
 
 @struct.dataclass
 class Going:
-    """A batch B of which b rows are being decoded: t i32[], the next column; rows i32[b], which they are; of
-    each its cache, last token i32[b] and whether it goes on, bool[b]; out, of all B."""
+    """A batch B of which b rows are being decoded: t i32[], the next column; rows i32[b], which they are, or
+    None, all of them (on a mesh an index would move them); of each its cache, last token i32[b] and whether
+    it goes on, bool[b]; out, of all B."""
 
     t: Array
-    rows: Array
+    rows: Array | None
     cache: Cache
     token: Array
     alive: Array
@@ -105,12 +106,13 @@ class Going:
 
     def drawn(self, logits: Array, key: Array, sampling: Sampling) -> Going:
         """With column t, sampled from logits f32[b, V]."""
-        keys = jax.vmap(jax.random.fold_in, (0, None))(key[self.rows], self.t)
+        rows = slice(None) if self.rows is None else self.rows
+        keys = jax.vmap(jax.random.fold_in, (0, None))(key[rows], self.t)
         token, log_prob = _sample(logits, keys, sampling.temperature, sampling.top_p)
         alive = self.alive
         token, log_prob = jnp.where(alive, token, 0), jnp.where(alive, log_prob, 0)
         new = Generated(token, alive, log_prob)
-        out = jax.tree.map(lambda x, new: x.at[self.rows, self.t].set(new), self.out, new)
+        out = jax.tree.map(lambda x, new: x.at[rows, self.t].set(new), self.out, new)
         goes_on = alive & ~jnp.isin(token, jnp.array(sampling.stop, jnp.int32))
         return self.replace(t=self.t + 1, token=token, alive=goes_on, out=out)
 
@@ -129,9 +131,7 @@ def _begin(decoder, sampling, variables, tokens, mask, key, prefix, of, max_new)
     batch = len(last)
     nothing = jnp.zeros((batch, max_new))
     out = Generated(nothing.astype(jnp.int32), nothing.astype(bool), nothing)
-    first = Going(
-        jnp.int32(0), jnp.arange(batch), cache, jnp.zeros(batch, jnp.int32), jnp.ones(batch, bool), out
-    )
+    first = Going(jnp.int32(0), None, cache, jnp.zeros(batch, jnp.int32), jnp.ones(batch, bool), out)
     return first.drawn(decoder.apply(variables, last, method="head"), key, sampling)
 
 
@@ -152,9 +152,12 @@ def _decode(decoder, sampling, variables, key, going, least) -> Going:
 @jax.jit
 def _half(going: Going) -> Going:
     """The half of the rows that go on; there are no more."""
-    on = jnp.argsort(~going.alive, stable=True)[: len(going.rows) // 2]
+    on = jnp.argsort(~going.alive, stable=True)[: len(going.alive) // 2]
     return going.replace(
-        rows=going.rows[on], cache=going.cache.rows(on), token=going.token[on], alive=going.alive[on]
+        rows=on if going.rows is None else going.rows[on],
+        cache=going.cache.rows(on),
+        token=going.token[on],
+        alive=going.alive[on],
     )
 
 
