@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from scipy.stats import kendalltau, spearmanr
+from sklearn.metrics import ndcg_score
 
 from genret.modit.density import knn_density
 from genret.modit.protocol import SPLITS
@@ -29,6 +31,21 @@ def test_orders_inside_patterns_by_hand():
     # A shift per pattern changes nothing: only the order inside a pattern counts.
     assert within_pattern(predicted + 100 * pattern, truth, pattern) == found
     assert within_pattern(predicted, np.full(10, 0.3), pattern)["patterns"] == 0
+
+
+def test_patterns_of_one_size_are_judged_as_one_by_one():
+    rng = np.random.default_rng(0)
+    pattern = rng.integers(0, 12, 180)  # sizes repeat
+    truth = np.where(rng.random(180) < 0.1, np.nan, rng.integers(0, 5, 180) / 4)
+    predicted = rng.integers(0, 9, 180) / 8  # both with ties
+    each = []
+    for p in range(12):
+        here = (pattern == p) & np.isfinite(truth)
+        f, y = predicted[here], truth[here]
+        each.append((spearmanr(f, y)[0], kendalltau(f, y)[0], ndcg_score(y[None], f[None])))
+    found = within_pattern(predicted, truth, pattern)
+    assert found.pop("patterns") == 12
+    np.testing.assert_allclose(list(found.values()), np.mean(each, axis=0), atol=5.1e-5)  # four decimals
 
 
 def test_calibration_error_is_zero_for_the_truth_and_the_shift_for_a_shift():
