@@ -221,12 +221,15 @@ def set_artifact(run: r4t.FanoutRun, rows: list[dict[str, Any]]) -> Artifact:
     if row is None:
         raise InputError("--workdir", f"no row of {name}", EVALUATE)
     model, width = run.model("diffusion"), run.data.width
+    # Rows that are chosen by where they land leave the program: the server holds the contents.
+    grounded = run.data.references is None and model.rows > c.k
+    emitted = model.rows if grounded else c.k
     card = {
-        "outputs": {"sets": {"shape": ["batch", c.k, width], "dtype": "float32"}},
+        "outputs": {"sets": {"shape": ["batch", emitted, width], "dtype": "float32"}},
         "network_calls": network_calls(method, steps),
         "settings": {
             "sampler": method, "steps": steps, "levels": levels, "guidance": 0.0, "rows": model.rows,
-            "kept": "MMR",
+            "kept": c.k, "grounded": e.grounded if grounded else None,
         },
         "figures": [{n: row[n] for n in ("method", *SET_FIGURES) if n in row}],
         "protocol": {
@@ -236,7 +239,7 @@ def set_artifact(run: r4t.FanoutRun, rows: list[dict[str, Any]]) -> Artifact:
         "config": portable(json.loads(c.to_json_best_effort())),
     }  # fmt: skip
     program = set_program(
-        _anywhere(model.retriever), centred=model.space.centred, rows=model.rows, k=c.k, method=method,
+        _anywhere(model.retriever), centred=model.space.centred, rows=model.rows, k=emitted, method=method,
         steps=steps, levels=levels,
     )  # fmt: skip
     inputs = {"query": (("batch", width), "float32"), "seed": ((), "uint32")}

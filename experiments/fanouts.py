@@ -159,18 +159,16 @@ def _drawn(
     run: FanoutRun, name: str, method: Method, steps: int, guidance: float,
     levels: tuple[float, float] = (SIGMA_MIN, SIGMA_MAX),
 ) -> FanoutMethod:  # fmt: skip
+    how = dict(method=method, steps=steps, guidance=guidance, levels=levels)
+
     def answer(rows: np.ndarray, seed: int) -> Fanout:
-        queries = run.data.query_embeddings[rows]
-        made = run.model("diffusion").sets(
-            queries,
-            run.config.k,
-            method=method,
-            steps=steps,
-            guidance=guidance,
-            seed=seed,
-            levels=levels,
-        )
-        return Fanout(made)
+        data, model, k = run.data, run.model("diffusion"), run.config.k
+        queries = data.query_embeddings[rows]
+        if data.references is not None or model.rows == k:
+            return Fanout(model.sets(queries, k, **how, seed=seed))
+        weight = run.config.evaluation.grounded
+        made, ids = model.grounded(queries, k, run.index, data.embeddings, weight=weight, **how, seed=seed)
+        return Fanout(made, found=ids[..., None])
 
     return FanoutMethod(name, answer, draws=True, calls=network_calls(method, steps, guidance))
 
@@ -322,7 +320,8 @@ def _seconds(run: FanoutRun, method: FanoutMethod, rows: np.ndarray) -> dict[str
         encoded = time.monotonic()
         made = method.run(rows, n)
         drawn = time.monotonic()
-        run.index.search(made.vectors.reshape(-1, made.vectors.shape[-1]), max(1, _depth(run)))
+        if made.found is None:  # else the contents are known, and of the drawing
+            run.index.search(made.vectors.reshape(-1, made.vectors.shape[-1]), max(1, _depth(run)))
         ended = time.monotonic()
         encode.append(encoded - began if method.embedded else 0.0)
         alone.append(ended - encoded)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -370,6 +371,8 @@ def check(config: ConfigDict) -> None:
         raise InputError("diffusion.rows", problem, f"use {config.k} or more, or 0")
     if config.evaluation.spare < 0:
         raise InputError("evaluation.spare", f"{config.evaluation.spare} rows", "use 0 or more")
+    if not 0 <= config.evaluation.grounded < math.inf:
+        raise InputError("evaluation.grounded", f"{config.evaluation.grounded}", "use 0 or more")
     few_calls(config.evaluation.few)
     levels = tuple(config.evaluation.levels)
     if len(levels) != 2 or not 0 < levels[0] < levels[1]:

@@ -1,6 +1,7 @@
 """R4T's lines: scores worked out by hand, the report's figures, and a whole small run on the real model."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -302,6 +303,7 @@ def test_what_no_run_can_do_is_said_before_anything_is_opened(tmp_path, monkeypa
         with pytest.raises(InputError, match=said):
             next(r4t.open_runs(config, tmp_path))
     wrong = [("diffusion", "rows", 2), ("evaluation", "spare", -1), ("evaluation", "levels", (3.0, 1.0))]
+    wrong += [("evaluation", "grounded", value) for value in (-1.0, math.nan)]
     wrong += [("evaluation", "few", (few,)) for few in ("heun", "heun 0", "sde 8", "heun -1")]
     for section, name, value in wrong:
         config = configs.get_config("size=test")

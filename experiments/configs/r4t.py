@@ -161,9 +161,10 @@ def get_config(argument: str = "") -> ConfigDict:
         runs=2,  # draws of a method, for Vendi over runs (B.8: 5)
         repeated=6,  # the first, which are drawn again for it; 0 = all. 5 x (45 + 6): four batches of answers
         steps=256,  # of the faithful sampler, Euler-Maruyama
-        few=("heun 8", "exponential 8", "exponential 16"),  # few-call lines; the last is exported
-        levels=(0.1, 10.0),  # least and largest noise level of theirs
-        spare=4,  # rows drawn beyond L (block=adaln); the k of maximal marginal relevance stay
+        few=("exponential 8", "exponential 16", "heun 5"),  # few-call lines; the last is exported
+        levels=(0.05, 10.0),  # least and largest noise level of theirs, chosen on 150 validation queries
+        spare=14,  # rows drawn beyond L (block=adaln); the k of maximal marginal relevance stay
+        grounded=1.5,  # open-ended: a row's cosine with its content counts so much beside the query's with it
         guidance=0.1,  # w of the faithful sampler (B.6)
         pool=100,  # neighbours that re-ranking and clustering choose among
         depth=100,  # contents per direction, weakly supervised (B.8: 500)

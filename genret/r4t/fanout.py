@@ -1,12 +1,17 @@
-"""Fan-outs of a trained set retriever: all K rows of a set in one joint draw.
+"""Fan-outs of a trained set retriever: L rows of a set in one joint draw, of which k are emitted.
 
-`items.nearest_items` maps them to contents.
+The paper draws 12 rows and emits 10, without a word on which. Rows of one draw repeat each other, and some
+land between contents. Ours, by maximal marginal relevance to the query:
+
+    `SetRetriever.sets`      of the rows: where the index is not to be asked
+    `SetRetriever.grounded`  of the contents that they land on, rows that land nearer first
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +21,7 @@ from genret.diffusion.edm import SIGMA_MAX, SIGMA_MIN, Space
 from genret.diffusion.retriever import Method, Retriever
 from genret.r4t.prompts import K
 from genret.r4t.stages import condition
+from genret.retrieval.index import Index
 from genret.retrieval.sets import traced_mmr
 from genret.training import mesh as meshes
 from genret.types import Array, InputError, PyTree
@@ -31,20 +37,27 @@ def network_calls(method: Method, steps: int, guidance: float = 0.0) -> int:
 
 
 @functools.partial(jax.jit, static_argnames="k")
-def kept(queries: Array, rows: Array, k: int) -> Array:
-    """k of the L rows drawn for each query, f32[B, D] and f32[B, L, D] -> f32[B, k, D]; ours.
+def chosen(queries: Array, found: Array, bonus: Array, k: int) -> Array:
+    """k of L candidates for each query by maximal marginal relevance, in that order: i32[B, k].
 
-    The paper draws 12 rows and emits 10, without a word on which. Rows of one draw can repeat each other:
-    those of maximal marginal relevance to the query stay, in that order. With k = L they stay as drawn.
+    found: f32[B, L, D], unit-norm. The relevance of one is its cosine with the query f32[B, D], plus its
+    bonus f32[B, L].
     """
+
+    def choose(query: Array, own: Array, bonus: Array) -> Array:
+        relevance = jnp.matmul(own, query, precision=jax.lax.Precision.HIGHEST) + bonus
+        return traced_mmr(relevance, own, k)
+
+    return jax.vmap(choose)(queries, found, bonus)
+
+
+@functools.partial(jax.jit, static_argnames="k")
+def kept(queries: Array, rows: Array, k: int) -> Array:
+    """Of the rows drawn, f32[B, L, D] -> f32[B, k, D], by `chosen`; with k = L they stay as drawn."""
     if k == rows.shape[1]:
         return rows
-
-    def choose(query: Array, own: Array) -> Array:
-        relevance = jnp.matmul(own, query, precision=jax.lax.Precision.HIGHEST)
-        return own[traced_mmr(relevance, own, k)]
-
-    return jax.vmap(choose)(queries, rows)
+    picks = chosen(queries, rows, jnp.zeros(rows.shape[:2]), k)
+    return jnp.take_along_axis(rows, picks[..., None], axis=1)
 
 
 @dataclass(frozen=True)
@@ -93,3 +106,21 @@ class SetRetriever:
             )
             out[at] = np.asarray(kept(queries[padded], meshes.local(drawn), k))[: len(at)]
         return out
+
+    def grounded(
+        self, queries: np.ndarray, k: int, index: Index, contents: np.ndarray, *, weight: float, **how: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Unit-norm queries f32[Q, D] -> sets f32[Q, k, D] and the contents i32[Q, k] that they land on.
+
+        Of the L rows drawn those whose contents are `chosen`; the bonus of one is `weight` times the cosine
+        of the row with its content. index: of contents, unit-norm f32[N, D]. how: as `sets` takes it.
+        Raises InputError for k > L.
+        """
+        if not 1 <= k <= self.rows:
+            raise InputError("k", f"{k} of the {self.rows} rows drawn", f"use 1 to {self.rows}")
+        rows = self.sets(queries, **how)
+        ids, near = index.search(rows.reshape(-1, rows.shape[-1]), 1)
+        ids, near = ids.reshape(rows.shape[:2]), near.reshape(rows.shape[:2])
+        found = np.asarray(contents[ids], np.float32)
+        picks = np.asarray(chosen(queries, found, np.float32(weight) * near, k))
+        return np.take_along_axis(rows, picks[..., None], 1), np.take_along_axis(ids, picks, 1)

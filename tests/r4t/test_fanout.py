@@ -12,6 +12,7 @@ from genret.diffusion.retriever import Retriever
 from genret.r4t import stages
 from genret.r4t.baselines import regressor
 from genret.r4t.fanout import SetRetriever, kept, network_calls
+from genret.retrieval.index import ExactIndex
 from genret.types import InputError
 
 D, L = 6, 4
@@ -79,6 +80,30 @@ def test_a_row_that_repeats_another_is_the_one_left_out():
     query = np.eye(D, dtype=np.float32)[0]
     rows = 0.5 * query + np.float32(np.sqrt(0.75)) * np.eye(D, dtype=np.float32)[[1, 2, 1, 3]]  # as relevant
     np.testing.assert_array_equal(kept(query[None], rows[None], 3)[0], rows[[0, 1, 3]])
+
+
+def test_rows_are_chosen_by_the_contents_they_land_on(model):
+    """By definition: the content nearest to the query and its row, then what is unlike those before."""
+    queries, contents, weight = units(2, 3, D), units(5, 9, D), 0.7
+    drawn = model.sets(queries, guidance=0.0, **HEUN)
+    asked = (queries, 3, ExactIndex(contents), contents)
+    rows, ids = model.grounded(*asked, weight=weight, guidance=0.0, **HEUN)
+    for q, query in enumerate(queries):
+        cosine = drawn[q] @ contents.T  # [L, N]
+        landed = cosine.argmax(1)
+        relevance = contents[landed] @ query + weight * cosine.max(1)
+        picks = [relevance.argmax()]
+        while len(picks) < 3:
+            nearest = (contents[landed] @ contents[landed[picks]].T).max(1)
+            picks.append(max(set(range(L)) - set(picks), key=lambda i: relevance[i] - nearest[i]))
+        np.testing.assert_array_equal(ids[q], landed[picks])
+        np.testing.assert_array_equal(rows[q], drawn[q, picks])
+    # Far enough, only the nearness of rows to contents counts.
+    rows, ids = model.grounded(*asked, weight=1e6, guidance=0.0, **HEUN)
+    near = (drawn @ contents.T).max(-1)
+    np.testing.assert_allclose((rows * contents[ids]).sum(-1), -np.sort(-near)[:, :3], atol=1e-6)
+    with pytest.raises(InputError, match="5 of the 4"):
+        model.grounded(queries, 5, *asked[2:], weight=weight)
 
 
 def test_a_model_without_row_positions_draws_more_rows_than_it_was_trained_on(model):
