@@ -22,6 +22,7 @@ from genret.r4t.folm import LanguagePolicy, sample_fanouts
 from genret.r4t.items import nearest_items
 from genret.r4t.rewards import OAR
 from genret.retrieval import sets as metrics
+from genret.retrieval.index import Index
 from genret.training import preemption
 from genret.training.log import Progress
 from genret.types import InputError
@@ -39,17 +40,32 @@ ENCODED = 64  # tokens of a query that are encoded, as `catalogue.fanout` does
 @dataclass(frozen=True)
 class Fanout:
     """What a method answers to Q queries. vectors: f32[Q, k, D], rows to search with, zero where there is
-    none. texts: the sub-queries, where it writes any. found: i32[Q, k, n], where it does its own search."""
+    none. texts: the sub-queries, where it writes any. found: i32[Q, k, n], where it does its own search, and
+    searched: the seconds of that."""
 
     vectors: np.ndarray
     texts: list[list[str] | None] | None = None
     found: np.ndarray | None = None
+    searched: float = 0.0
 
     def first(self, count: int) -> Fanout:
         """Of the first `count` queries."""
         return Fanout(
             *(None if part is None else part[:count] for part in (self.vectors, self.texts, self.found))
         )
+
+
+class TimedIndex:
+    """An index that says what its searches took, in seconds."""
+
+    def __init__(self, index: Index):
+        self.index, self.name, self.num_items, self.seconds = index, index.name, index.num_items, 0.0
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        began = time.monotonic()
+        found = self.index.search(queries, k)
+        self.seconds += time.monotonic() - began
+        return found
 
 
 @dataclass(frozen=True)
@@ -166,9 +182,9 @@ def _drawn(
         queries = data.query_embeddings[rows]
         if data.references is not None or model.rows == k:
             return Fanout(model.sets(queries, k, **how, seed=seed))
-        weight = run.config.evaluation.grounded
-        made, ids = model.grounded(queries, k, run.index, data.embeddings, weight=weight, **how, seed=seed)
-        return Fanout(made, found=ids[..., None])
+        index, weight = TimedIndex(run.index), run.config.evaluation.grounded
+        made, ids = model.grounded(queries, k, index, data.embeddings, weight=weight, **how, seed=seed)
+        return Fanout(made, found=ids[..., None], searched=index.seconds)
 
     return FanoutMethod(name, answer, draws=True, calls=network_calls(method, steps, guidance))
 
@@ -314,18 +330,16 @@ def _seconds(run: FanoutRun, method: FanoutMethod, rows: np.ndarray) -> dict[str
     texts = [run.data.queries[row] for row in rows]
     encode, alone, search = [], [], []
     for n in range(run.config.evaluation.repeats + 1):
-        began = time.monotonic()
+        began, index = time.monotonic(), TimedIndex(run.index)
         if method.embedded:
             run.encoder.encode(texts, max_tokens=ENCODED, batch_size=128)
         encoded = time.monotonic()
         made = method.run(rows, n)
-        drawn = time.monotonic()
-        if made.found is None:  # else the contents are known, and of the drawing
-            run.index.search(made.vectors.reshape(-1, made.vectors.shape[-1]), max(1, _depth(run)))
-        ended = time.monotonic()
+        if made.found is None:
+            index.search(made.vectors.reshape(-1, made.vectors.shape[-1]), max(1, _depth(run)))
         encode.append(encoded - began if method.embedded else 0.0)
-        alone.append(ended - encoded)
-        search.append(ended - drawn)
+        alone.append(time.monotonic() - encoded)
+        search.append(index.seconds + made.searched)
     total = np.add(encode, alone)[1:]
     row = {"p50": float(np.median(total)), "p95": float(np.percentile(total, 95))}
     row |= {"encode_p50": float(np.median(encode[1:])), "search_p50": float(np.median(search[1:]))}
