@@ -81,7 +81,7 @@ class Artifact:
         """`card`, and what every export says; two exports are the same where this is."""
         shapes = {n: {"shape": list(shape), "dtype": dtype} for n, (shape, dtype) in self.inputs.items()}
         versions = {"genret": genret.__version__} | {name: version(name) for name in ("jax", "numpy")}
-        made = {"genret": "export", "version": 1, "kind": self.kind, "inputs": shapes} | self.card
+        made = {"genret": "export", "version": 2, "kind": self.kind, "inputs": shapes} | self.card
         made |= {"platforms": PLATFORMS, "versions": versions}
         made["checksums"] = {file: _checksum(arrays) for file, arrays in self.parameters.items()}
         return json.loads(json.dumps(made))
@@ -215,7 +215,9 @@ def set_artifact(run: r4t.FanoutRun, rows: list[dict[str, Any]]) -> Artifact:
     rows: of that seed. Raises InputError where none is of this sampler, or the model is not trained.
     """
     c, e = run.config, run.config.evaluation
-    *_, (name, method, steps) = few_calls(e.few)
+    if not (few := few_calls(e.few)):
+        raise InputError("evaluation.few", "names no sampler to export", "give one, and evaluate it")
+    name, method, steps = few[-1]
     levels = tuple(e.levels)
     row = next((r for r in rows if r.get("method") == name), None)
     if row is None:

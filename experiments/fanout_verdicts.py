@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.fanout_rows import COLUMNS, FanoutResults
-from experiments.fanouts import DIFFUSION, FOLM, RANDOM, UNGUIDED
+from experiments.fanouts import AS_DRAWN, DIFFUSION, FOLM, RANDOM, UNGUIDED
 from genret.retrieval.significance import paired_test
 
 BATCH = 8  # queries at once where speeds are compared
@@ -109,12 +109,13 @@ def _where_answered(r: FanoutResults) -> list[str]:
 def _speeds(r: FanoutResults) -> list[str]:
     """The full sampler against FOLM, then the few-call ones: what they keep of it, and how fast."""
     lines, where = [], f"{FOLM} at batch {BATCH}"
-    for method in (DIFFUSION, UNGUIDED):
+    for method in (DIFFUSION, UNGUIDED, AS_DRAWN):
         if fast := _faster(r, method):
             calls = timed(r, method, BATCH)[0]["calls"]
             target = _target(fast[0].value, FASTER) if method == UNGUIDED else ""
             lines.append(f"  {fast[1]}  {method}, {calls} calls, as fast as {where}{target}")
-    for method in (m for m in r.methods if m.startswith(f"{DIFFUSION}, ") and m != UNGUIDED):
+    few = (m for m in r.methods if m.startswith(f"{DIFFUSION}, ") and m not in (UNGUIDED, AS_DRAWN))
+    for method in few:
         said, fast = _compared(r, method, UNGUIDED, r.main), _faster(r, method)
         if said and fast:
             kept = ratio(r.per_query(method, r.main), r.per_query(UNGUIDED, r.main)).value

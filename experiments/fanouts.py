@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 import time
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 FOLM, DIFFUSION, RANDOM, SINGLE = "R4T-FOLM", "R4T-Diffusion", "random pool", "no fan-out"
 UNGUIDED, ORACLE = f"{DIFFUSION}, no guidance", "few-shot LM, oracle"
+AS_DRAWN = f"{DIFFUSION}, as drawn"  # k rows and no choice among more, as a language model writes k
 FEW = {"euler": "Euler", "heun": "Heun", "exponential": "DPM-Solver++"}  # samplers of few calls
 PARTS = ("test", "validation")  # whose queries may be asked
 ENCODED = 64  # tokens of a query that are encoded, as `catalogue.fanout` does
@@ -111,6 +113,7 @@ def all_methods(run: FanoutRun) -> Iterator[FanoutMethod]:
     yield line("MSE set regressor", lambda: baselines.regressor(run.model("regressor")), calls=1)
     yield _drawn(run, DIFFUSION, "euler_maruyama", e.steps, e.guidance)
     yield _drawn(run, UNGUIDED, "euler_maruyama", e.steps, 0.0)
+    yield _drawn(run, AS_DRAWN, "euler_maruyama", e.steps, 0.0, spare=False)
     for few in few_calls(e.few):
         yield _drawn(run, few.name, few.method, few.steps, 0.0, tuple(e.levels))
 
@@ -173,13 +176,14 @@ def few_calls(asked: Sequence[str]) -> list[FewCalls]:
 
 def _drawn(
     run: FanoutRun, name: str, method: Method, steps: int, guidance: float,
-    levels: tuple[float, float] = (SIGMA_MIN, SIGMA_MAX),
+    levels: tuple[float, float] = (SIGMA_MIN, SIGMA_MAX), spare: bool = True,
 ) -> FanoutMethod:  # fmt: skip
     how = dict(method=method, steps=steps, guidance=guidance, levels=levels)
 
     def answer(rows: np.ndarray, seed: int) -> Fanout:
         data, model, k = run.data, run.model("diffusion"), run.config.k
         queries = data.query_embeddings[rows]
+        model = model if spare else dataclasses.replace(model, rows=k)
         if data.references is not None or model.rows == k:
             return Fanout(model.sets(queries, k, **how, seed=seed))
         index, weight = TimedIndex(run.index), run.config.evaluation.grounded

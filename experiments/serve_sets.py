@@ -29,11 +29,13 @@ class Retriever:
     def contents(self, query, rows, embeddings):
         """Rows f32[L, D] of one set -> the contents that it answers with, rows of `embeddings` f32[N, D]."""
         cosine = embeddings @ rows.T
-        landed, weight = cosine.argmax(0), self._settings["grounded"]
+        landed, near, weight = cosine.argmax(0), cosine.max(0), self._settings["grounded"]
         if weight is None:  # the program has left out what it does not keep
             return landed
         found = embeddings[landed]
-        relevance = score = found @ query + weight * cosine.max(0)
+        first = np.unique(landed[(order := np.argsort(-near, kind="stable"))], return_index=True)[1]
+        repeated = np.isin(np.arange(len(rows)), order[first], invert=True)
+        relevance = score = found @ query + weight * near - 1e3 * repeated
         nearest, picks = np.full(len(rows), -1.0), []
         for _ in range(self._settings["kept"]):  # maximal marginal relevance
             picks.append(int(score.argmax()))

@@ -3,4 +3,5 @@
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 . "$(dirname "$0")/environment.sh" test
-run python -m pytest -n 2 "$@"
+# By file: what a file prepares and compiles is needed by one worker alone. In our order: long ones first.
+run python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -18,6 +18,10 @@ from experiments import fanout_report, fanout_rows, fanouts, r4t
 from experiments.configs import r4t as configs
 from experiments.workdir import read_rows, same_run
 from genret.catalogue.fanout import SPLITS, FanoutData
+from genret.diffusion import edm
+from genret.diffusion.retriever import Retriever
+from genret.r4t import stages
+from genret.r4t.fanout import SetRetriever
 from genret.r4t.rewards import COMPONENTS, Rewards
 from genret.retrieval.index import ExactIndex
 from genret.types import InputError
@@ -248,7 +252,7 @@ def test_latency_includes_a_search_as_deep_as_the_scores(tmp_path, monkeypatch, 
     run, searched = small_run(references, repeats=1), []
     run.config.evaluation.update(latency=(2,), depth=3)
     search = lambda queries, k: searched.append(k) or ExactIndex.search(index, queries, k)  # noqa: E731
-    index, run.index = run.index, SimpleNamespace(search=search)
+    index, run.index = run.index, SimpleNamespace(search=search, name="exact", num_items=3)
     line = fanouts.FanoutMethod(
         fanouts.FOLM, lambda rows, _: fanouts.Fanout(np.stack([run.data.embeddings[:2]] * len(rows))),
         calls="tokens",
@@ -256,6 +260,29 @@ def test_latency_includes_a_search_as_deep_as_the_scores(tmp_path, monkeypatch, 
     monkeypatch.setattr(fanouts, "all_methods", lambda _: [line])
     fanouts.time_run(run, tmp_path / "latency.jsonl")
     assert searched == [depth] * 2  # contents of the answer, or as many as recall counts
+
+
+@pytest.mark.parametrize("references", [None, [np.array([0, 2])] * 3])
+def test_a_set_is_chosen_by_its_contents_where_only_they_count(references):
+    """Open-ended data alone, and only where there are rows to choose from; the search is timed."""
+    run = small_run(references)
+    run.trained = lambda folder: None  # no language model is asked
+    retriever = Retriever(stages.set_dit("test", embedding=run.data.width))
+    params = retriever.init(jax.random.key(0))
+    for rows in (2, 5):
+        model = SetRetriever(retriever, params, edm.plain_space(run.data.width, 0), rows)
+        run.config.k, run.model = 2, lambda _, model=model: model
+        line = next(m for m in fanouts.all_methods(run) if m.name.endswith("DPM-Solver++ 4"))
+        made = line.run(np.arange(3), 0)
+        assert made.vectors.shape == (3, 2, run.data.width)
+        chosen = references is None and rows > 2
+        assert (made.found is not None) == chosen == (made.searched > 0)
+        as_drawn = next(m for m in fanouts.all_methods(run) if m.name == fanouts.AS_DRAWN)
+        assert as_drawn.run(np.arange(3), 0).found is None
+        if chosen:
+            nearest = (made.vectors @ run.data.embeddings.T).argmax(-1)
+            np.testing.assert_array_equal(made.found[..., 0], nearest)
+            assert made.first(1).found.shape == (1, 2, 1)
 
 
 def test_wrong_arguments_are_named(tmp_path):

@@ -81,6 +81,7 @@ def get_config(argument: str = "") -> ConfigDict:
         raise InputError("data", f"{arg.data!r} is no folder", f"use {', '.join(DATA)}, or a folder of yours")
     given = ",".join(f"{k}={v}" for k, v in vars(arg).items() if v and k not in ("seeds", "ablations"))
 
+    words = arg.data == "words"
     c = ConfigDict()
     c.seeds = seeds(arg.seeds)  # one whole run each
     c.ablations = tuple(filter(None, arg.ablations.split("+")))  # rewards, or nothing
@@ -100,7 +101,7 @@ def get_config(argument: str = "") -> ConfigDict:
         lora_layers=10,  # from the top; 0 is all of them
         lora_alpha=32.0,  # scale of the factors is alpha / rank
         reason=False,  # zero-shot: the paper's prompt, <think> first, instead of a list on one line
-        max_new=64 if arg.data == "words" else 160,  # tokens of an answer; ten words have 40 to 55
+        max_new=64 if words else 160,  # tokens of an answer; ten words have 40 to 55
         temperature=0.9,  # of sampling, in training and synthesis (papers' B.4)
         remat=False,  # recompute layers in the backward pass
         dtype="float32",  # of the matmuls
@@ -162,9 +163,9 @@ def get_config(argument: str = "") -> ConfigDict:
         repeated=6,  # the first, which are drawn again for it; 0 = all. 5 x (45 + 6): four batches of answers
         steps=256,  # of the faithful sampler, Euler-Maruyama
         few=("exponential 8", "exponential 16", "heun 5"),  # few-call lines; the last is exported
-        levels=(0.05, 10.0),  # least and largest noise level of theirs, chosen on 150 validation queries
-        spare=14,  # rows drawn beyond L (block=adaln); the k of maximal marginal relevance stay
-        grounded=1.5,  # open-ended: a row's cosine with its content counts so much beside the query's with it
+        levels=(0.05 if words else 0.1, 10.0),  # least and largest noise level of theirs
+        spare=14 if words else 4,  # rows drawn beyond L (block=adaln), of all of which k stay
+        grounded=1.5,  # open-ended: weight of a row's cosine with its content beside the query's with it
         guidance=0.1,  # w of the faithful sampler (B.6)
         pool=100,  # neighbours that re-ranking and clustering choose among
         depth=100,  # contents per direction, weakly supervised (B.8: 500)

@@ -46,6 +46,12 @@ class BertConfig:
     type_vocab_size: int
     layer_norm_eps: float
 
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            whole = name != "layer_norm_eps"
+            if type(value) is not (int if whole else float) or not 0 < value < (2**31 if whole else 1):
+                raise InputError(name, f"{value!r}", "Fetch config.json again.")
+
 
 class SentenceBert(nn.Module):
     """tokens i32[B, L], mask bool[B, L] -> unit-norm f32[B, E].
@@ -206,14 +212,16 @@ def _read_config(folder: Path) -> BertConfig:
         raw = json.loads((folder / "config.json").read_text())
         pooling = folder / "1_Pooling" / "config.json"
         pooling = json.loads(pooling.read_text()) if pooling.is_file() else {}
-        config = BertConfig(**{f.name: raw[f.name] for f in dataclasses.fields(BertConfig)})
-    except (ValueError, KeyError) as error:
+        pooled = pooling.get("pooling_mode_mean_tokens", True)
+        sizes = {f.name: raw[f.name] for f in dataclasses.fields(BertConfig)}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         problem = f"not a BERT configuration ({error!r})"
         raise InputError(str(folder / "config.json"), problem, "Fetch it again.") from error
+    config = BertConfig(**sizes)
     expected = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
     found = {name: raw.get(name, value) for name, value in expected.items()}
     expected["pooling_mode_mean_tokens"] = True
-    found["pooling_mode_mean_tokens"] = pooling.get("pooling_mode_mean_tokens", True)
+    found["pooling_mode_mean_tokens"] = pooled
     if config.hidden_size % config.num_attention_heads:
         problem = f"{config.hidden_size} does not divide into {config.num_attention_heads} heads"
         raise InputError("hidden_size", problem, "Fetch config.json again.")
@@ -225,6 +233,9 @@ def _read_config(folder: Path) -> BertConfig:
 
 def _as_params(config: BertConfig, tensors: dict[str, np.ndarray], path: Path) -> PyTree:
     """Checkpoint tensors -> Flax variables, each checked against the module's shape."""
+    if config.num_hidden_layers > len(tensors):  # before a module of them is made
+        problem = f"{config.num_hidden_layers} layers, and {len(tensors)} tensors"
+        raise InputError(str(path), problem, "Take configuration and weights from one checkpoint.")
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     mask = jax.ShapeDtypeStruct((1, 1), jnp.bool_)
     shapes = jax.eval_shape(lambda t, m: SentenceBert(config).init(jax.random.key(0), t, m), tokens, mask)

@@ -113,7 +113,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         }
         template = path.with_name("chat_template.jinja")
         template = template.read_text() if template.is_file() else config.get("chat_template")
-    except (ValueError, KeyError, AttributeError) as error:
+        if isinstance(template, list):  # several by name, as some hubs have them
+            template = {each["name"]: each["template"] for each in template}.get("default")
+        if not all(isinstance(text, str) for text in (*special.values(), template or "")):
+            raise ValueError("a token or a template that is no text")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         problem = f"not a tokenizer's configuration ({error!r})"
         raise InputError(str(beside), problem, "Fetch it again.") from error
     return Tokenizer(tokenizer, template, special)

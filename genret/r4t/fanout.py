@@ -4,7 +4,7 @@ The paper draws 12 rows and emits 10, without a word on which. Rows of one draw 
 land between contents. Ours, by maximal marginal relevance to the query:
 
     `SetRetriever.sets`      of the rows: where the index is not to be asked
-    `SetRetriever.grounded`  of the contents that they land on, rows that land nearer first
+    `SetRetriever.grounded`  of the contents that they land on, where a row gains by landing near its own
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from genret.r4t.stages import condition
 from genret.retrieval.index import Index
 from genret.retrieval.sets import traced_mmr
 from genret.training import mesh as meshes
+from genret.training import processes
 from genret.types import Array, InputError, PyTree
 
 SDE_STEPS = 256  # the paper's sampler
 GUIDANCE = 0.1
+REPEATED = 1e3  # what a repeated content loses: more than any relevance
 
 
 def network_calls(method: Method, steps: int, guidance: float = 0.0) -> int:
@@ -113,14 +115,24 @@ class SetRetriever:
         """Unit-norm queries f32[Q, D] -> sets f32[Q, k, D] and the contents i32[Q, k] that they land on.
 
         Of the L rows drawn those whose contents are `chosen`; the bonus of one is `weight` times the cosine
-        of the row with its content. index: of contents, unit-norm f32[N, D]. how: as `sets` takes it.
-        Raises InputError for k > L.
+        of the row with its content, and what a nearer row lands on already comes last. index: of contents,
+        unit-norm f32[N, D]. how: as `sets` takes it. Raises InputError for k > L.
         """
         if not 1 <= k <= self.rows:
             raise InputError("k", f"{k} of the {self.rows} rows drawn", f"use 1 to {self.rows}")
         rows = self.sets(queries, **how)
-        ids, near = index.search(rows.reshape(-1, rows.shape[-1]), 1)
-        ids, near = ids.reshape(rows.shape[:2]), near.reshape(rows.shape[:2])
-        found = np.asarray(contents[ids], np.float32)
-        picks = np.asarray(chosen(queries, found, np.float32(weight) * near, k))
+        ids, near = (x.reshape(rows.shape[:2]) for x in index.search(rows.reshape(-1, rows.shape[-1]), 1))
+        bonus = np.float32(weight) * near - REPEATED * _repeats(ids, near)
+        blocks = np.array_split(np.arange(len(rows)), max(1, -(-len(rows) // self.block)))
+        picks = [chosen(queries[at], np.float32(contents[ids[at]]), bonus[at], k) for at in blocks]
+        # Each process has its own index, and searches on with what is chosen.
+        picks = np.array(processes.agreed("sets", np.concatenate(picks).tolist()))
         return np.take_along_axis(rows, picks[..., None], 1), np.take_along_axis(ids, picks, 1)
+
+
+def _repeats(ids: np.ndarray, near: np.ndarray) -> np.ndarray:
+    """Which rows [Q, L] land where another does that is nearer, or as near and before them: bool[Q, L]."""
+    same = ids[:, :, None] == ids[:, None]
+    nearer = near[:, None] > near[:, :, None]
+    before = (near[:, None] == near[:, :, None]) & np.tri(ids.shape[1], k=-1, dtype=bool)
+    return (same & (nearer | before)).any(-1)

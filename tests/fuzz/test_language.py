@@ -1,4 +1,4 @@
-"""Damaged checkpoints: GGUF and its metadata, safetensors and its configuration."""
+"""Damaged checkpoints: GGUF and its metadata, safetensors, its configuration and tokenizer, text encoders."""
 
 import importlib.util
 import json
@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from hypothesis import strategies as st
 
+from genret.language.encoder import load_encoder
 from genret.language.pretrained import load_language_model
+from genret.language.tokenizer import load_tokenizer
 from genret.language.weights import load_gguf, load_safetensors
 from genret.types import InputError
 
@@ -17,9 +19,9 @@ def written(tree) -> bytes:
     return json.dumps(tree).encode()
 
 
-def _checkpoints():
+def _checkpoints(name="conftest"):
     spec = importlib.util.spec_from_file_location(
-        "checkpoints", Path(__file__).parent.parent / "language" / "conftest.py"
+        "checkpoints", Path(__file__).parent.parent / "language" / f"{name}.py"
     )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -70,10 +72,33 @@ def hub_files():
     return [files | {"model.safetensors.index.json": written(index)}]
 
 
+def with_tokenizer():
+    """The checkpoint as `load_language_model` reads it, with what says how its tokenizer is asked."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = _checkpoints().write_gguf(Path(folder) / "model.gguf", "qwen3")
+        load_tokenizer(path)._tokenizer.save(str(Path(folder) / "tokenizer.json"))
+        words = (Path(folder) / "tokenizer.json").read_bytes()
+    about = {"eos_token": {"content": "<|im_end|>"}, "chat_template": "{{ messages[0].content }}"}
+    return [hub_files()[0] | {"tokenizer.json": words, "tokenizer_config.json": written(about)}]
+
+
+def encoder_files():
+    with tempfile.TemporaryDirectory() as folder:
+        _checkpoints("test_encoder").write_bert(Path(folder))
+        files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    return [files | {"1_Pooling/config.json": written({"pooling_mode_mean_tokens": True})}]
+
+
+def ask(folder):
+    load_language_model(folder).tokenizer.chat([{"role": "user", "content": "x"}])
+
+
 LOADERS = {
     "gguf": lambda damage: (gguf_files, damage, lambda f: load_language_model(f / "model.gguf")),
     "metadata": lambda _: (lambda: [{}], other_metadata, lambda f: load_gguf(f / "model.gguf")),
     "safetensors": lambda damage: (hub_files, damage, load_safetensors),
+    "hub": lambda damage: (with_tokenizer, damage, ask),
+    "encoder": lambda damage: (encoder_files, damage, load_encoder),
 }
 
 

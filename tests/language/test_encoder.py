@@ -168,16 +168,21 @@ def tensors(seed: int = 0) -> dict[str, np.ndarray]:
     return out | {"embeddings.position_ids": np.arange(40)[None]}
 
 
-@pytest.fixture
-def folder(tmp_path):
+def write_bert(folder):
+    """A whole checkpoint of the sizes above in `folder`."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefgh"]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    save_file(tensors(), tmp_path / "model.safetensors")
-    return tmp_path
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    save_file(tensors(), folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_bert(tmp_path)
 
 
 def reference(weights: dict[str, np.ndarray], tokens: list[int]) -> np.ndarray:
@@ -303,6 +308,10 @@ def test_missing_unknown_and_misshapen_tensors(folder):
         ({"position_embedding_type": "relative_key"}, "position_embedding_type"),
         ({"vocab_size": 4}, "12 tokens, config.json says 4"),
         ({"hidden_size": 16}, "config.json asks for"),
+        ({"num_attention_heads": 0}, "num_attention_heads: 0"),
+        ({"hidden_size": "8"}, "hidden_size: '8'"),
+        ({"layer_norm_eps": float("nan")}, "layer_norm_eps: nan"),
+        ({"num_hidden_layers": 2**30}, "1073741824 layers, and 37 tensors"),
     ],
 )
 def test_models_that_it_does_not_compute(folder, change, match):
@@ -313,8 +322,9 @@ def test_models_that_it_does_not_compute(folder, change, match):
 def test_broken_config_and_tokenizer(folder):
     (folder / "config.json").write_text(json.dumps({"model_type": "bert"}))
     expect_error(folder, "not a BERT configuration")
-    (folder / "config.json").write_text("{")
-    expect_error(folder, "not a BERT configuration")
+    for text in ("{", "[]", "5", "[" * 99_999):
+        (folder / "config.json").write_text(text)
+        expect_error(folder, "not a BERT configuration")
     (folder / "config.json").write_text(json.dumps(CONFIG))
     (folder / "tokenizer.json").write_text("{")
     expect_error(folder, "not readable as a tokenizer")

@@ -197,9 +197,16 @@ def test_broken_files(path, tmp_path):
     with pytest.raises(InputError, match="not readable as a tokenizer"):
         load_tokenizer(tmp_path / "tokenizer.json")
     load_tokenizer(path)._tokenizer.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text("[]")
-    with pytest.raises(InputError, match="not a tokenizer's configuration"):
-        load_tokenizer(tmp_path / "tokenizer.json")
+    for text in ("[]", '{"eos_token": 5}', '{"eos_token": ["a"]}', '{"chat_template": [5]}', "[" * 99_999):
+        (tmp_path / "tokenizer_config.json").write_text(text)
+        with pytest.raises(InputError, match="not a tokenizer's configuration"):
+            load_tokenizer(tmp_path / "tokenizer.json")
+    named = [
+        {"name": "tools", "template": "?"},
+        {"name": "default", "template": "{{ messages[0].content }}!"},
+    ]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    assert load_tokenizer(tmp_path / "tokenizer.json").chat([{"content": "yes"}]) == "yes!"
 
 
 def test_packages_that_are_not_installed(path, monkeypatch):
