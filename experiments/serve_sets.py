@@ -33,9 +33,7 @@ class Retriever:
         if weight is None:  # the program has left out what it does not keep
             return landed
         found = embeddings[landed]
-        first = np.unique(landed[(order := np.argsort(-near, kind="stable"))], return_index=True)[1]
-        repeated = np.isin(np.arange(len(rows)), order[first], invert=True)
-        relevance = score = found @ query + weight * near - 1e3 * repeated
+        relevance = score = found @ query + weight * near
         nearest, picks = np.full(len(rows), -1.0), []
         for _ in range(self._settings["kept"]):  # maximal marginal relevance
             picks.append(int(score.argmax()))

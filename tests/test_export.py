@@ -1,5 +1,6 @@
 """Exports: the queries of the main line, asked where neither genret nor flax can be imported."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -243,12 +244,15 @@ def test_sets_are_the_main_lines(tmp_path):
         "hand", names, units(1, 30, width), names[:6], units(2, 6, width), np.int8([0, 0, 0, 0, 1, 2])
     )
     run = Handmade(config, data, None, tmp_path / "seed_0", 0)
-    run.__dict__["given"] = given
-    run.__dict__["mesh"] = ONE
+    run.__dict__.update(given=given, mesh=ONE)
     run.train_sets()
     row = {"method": f"{DIFFUSION}, DPM-Solver++ 4", "seed": 0, "composite": 0.5, "queries": 1}
     with pytest.raises(InputError, match="no row of R4T-Diffusion, DPM-Solver\\+\\+ 4"):
         export.set_artifact(run, [row | {"method": DIFFUSION}])
+    config.evaluation.few = ()
+    with pytest.raises(InputError, match="evaluation.few: names no sampler"):
+        export.set_artifact(run, [row])
+    config.evaluation.few = ("exponential 4",)
     export.set_artifact(run, [row]).write(tmp_path / "artifact")
     queries = units(3, 4, width)
     np.save(tmp_path / "queries.npy", queries)
@@ -272,3 +276,13 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     card = json.loads((tmp_path / "artifact" / "card.json").read_text())
     assert card["network_calls"] == 4 and card["figures"][0]["composite"] == 0.5
     assert "| exponential | 4 | " in (tmp_path / "artifact" / "card.md").read_text()
+
+    # Where recall counts, the program itself leaves out rows: those it emits are searched with as they are.
+    found = dataclasses.replace(data, references=[np.arange(3)] * 6)
+    other = Handmade(config, found, None, tmp_path / "seed_0", 0)
+    other.__dict__.update(given=given, mesh=ONE)
+    export.set_artifact(other, [row]).write(tmp_path / "referenced")
+    said = alone(code, *(tmp_path / n for n in ("referenced", "queries.npy", "out.npz", "items.npy")))
+    kept = model.sets(queries, config.k, **how, seed=5)
+    wanted = (kept @ data.embeddings.T).argmax(-1)
+    assert [[int(n) for n in line.split("\t")] for line in said.splitlines()] == wanted.tolist()

@@ -164,8 +164,8 @@ def get_config(argument: str = "") -> ConfigDict:
         steps=256,  # of the faithful sampler, Euler-Maruyama
         few=("exponential 8", "exponential 16", "heun 5"),  # few-call lines; the last is exported
         levels=(0.05 if words else 0.1, 10.0),  # least and largest noise level of theirs
-        spare=14 if words else 4,  # rows drawn beyond L (block=adaln), of all of which k stay
-        grounded=1.5,  # open-ended: weight of a row's cosine with its content beside the query's with it
+        spare=10 if words else 4,  # rows drawn beyond L (block=adaln), of all of which k stay
+        grounded=1.0,  # open-ended: weight of a row's cosine with its content beside the query's with it
         guidance=0.1,  # w of the faithful sampler (B.6)
         pool=100,  # neighbours that re-ranking and clustering choose among
         depth=100,  # contents per direction, weakly supervised (B.8: 500)

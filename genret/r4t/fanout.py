@@ -29,7 +29,6 @@ from genret.types import Array, InputError, PyTree
 
 SDE_STEPS = 256  # the paper's sampler
 GUIDANCE = 0.1
-REPEATED = 1e3  # what a repeated content loses: more than any relevance
 
 
 def network_calls(method: Method, steps: int, guidance: float = 0.0) -> int:
@@ -115,24 +114,16 @@ class SetRetriever:
         """Unit-norm queries f32[Q, D] -> sets f32[Q, k, D] and the contents i32[Q, k] that they land on.
 
         Of the L rows drawn those whose contents are `chosen`; the bonus of one is `weight` times the cosine
-        of the row with its content, and what a nearer row lands on already comes last. index: of contents,
-        unit-norm f32[N, D]. how: as `sets` takes it. Raises InputError for k > L.
+        of the row with its content. index: of contents, unit-norm f32[N, D]. how: as `sets` takes it.
+        Raises InputError for k > L.
         """
         if not 1 <= k <= self.rows:
             raise InputError("k", f"{k} of the {self.rows} rows drawn", f"use 1 to {self.rows}")
         rows = self.sets(queries, **how)
         ids, near = (x.reshape(rows.shape[:2]) for x in index.search(rows.reshape(-1, rows.shape[-1]), 1))
-        bonus = np.float32(weight) * near - REPEATED * _repeats(ids, near)
+        bonus = np.float32(weight) * near
         blocks = np.array_split(np.arange(len(rows)), max(1, -(-len(rows) // self.block)))
         picks = [chosen(queries[at], np.float32(contents[ids[at]]), bonus[at], k) for at in blocks]
         # Each process has its own index, and searches on with what is chosen.
         picks = np.array(processes.agreed("sets", np.concatenate(picks).tolist()))
         return np.take_along_axis(rows, picks[..., None], 1), np.take_along_axis(ids, picks, 1)
-
-
-def _repeats(ids: np.ndarray, near: np.ndarray) -> np.ndarray:
-    """Which rows [Q, L] land where another does that is nearer, or as near and before them: bool[Q, L]."""
-    same = ids[:, :, None] == ids[:, None]
-    nearer = near[:, None] > near[:, :, None]
-    before = (near[:, None] == near[:, :, None]) & np.tri(ids.shape[1], k=-1, dtype=bool)
-    return (same & (nearer | before)).any(-1)
