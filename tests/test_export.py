@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from genret.retrieval.index import ExactIndex
 from genret.training.mesh import make_mesh
 from genret.types import InputError
 
+ROOT = Path(__file__).resolve().parent.parent
 # (round, guidance, reach) of each attribute: two rounds, one of them with guidance.
 SETTINGS = [(8, 0.0, 0.8), (4, 2.0, 1.0), (8, 0.0, 1.25), (4, 0.0, 1.0)]
 ONE = make_mesh(devices=jax.devices()[:1])  # one of the eight simulated devices
@@ -130,6 +132,18 @@ def test_a_seed_set_is_answered_with_items(trained, artifact, tmp_path):
     assert len(rows) == 20 and not {*map(int, rows)} & {*seeds.tolist()}
     np.testing.assert_allclose(np.float64(cosines), np.sort(score)[::-1][:20], atol=1e-5)
     np.testing.assert_allclose(score[list(map(int, rows))], np.float64(cosines), atol=1e-5)
+
+
+def test_the_readmes_server_answers_as_the_script_does(trained, artifact, tmp_path):
+    """In twenty lines."""
+    (code,) = re.findall(r"```python\n(import json, jax.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert len(code.splitlines()) <= 20
+    (tmp_path / "artifact").symlink_to(artifact)
+    np.save(tmp_path / "items.npy", trained.catalogue.embeddings)
+    said = alone(f"import os; os.chdir({str(tmp_path)!r})\n{code}")
+    script = "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    rows = alone(script, artifact / "serve.py", tmp_path / "items.npy", "logp_low", 3, 17, 204)
+    assert said.split() == [line.split("\t")[0] for line in rows.splitlines()]
 
 
 def test_the_card_and_the_files(trained, artifact):
