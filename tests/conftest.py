@@ -59,7 +59,7 @@ def molecules(tmp_path_factory):
 def pytest_collection_modifyitems(config, items):
     """Tests whose data, device or peers are not here are left out by name, and counted at the end.
 
-    Long ones go first: at the end the other worker would wait for them.
+    Long ones, and with them their files, go first: at the end the other worker would wait for them.
     """
     installed = {found.name for found in importlib.metadata.distributions()}
     absent = {

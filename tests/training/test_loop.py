@@ -30,6 +30,7 @@ from genret.training.mesh import make_mesh, shardings, with_rows
 from genret.training.stage import Stage
 from genret.types import Batch, Condition, InputError, Terms
 
+pytestmark = pytest.mark.long
 D, M, S, B = 16, 2, 3, 16
 # Adam divides by the gradient's own size, so rounding reaches parameters in proportion to the rate.
 OPTIONS = dict(learning_rate=1e-3, warmup=2, log_every=2, save_every=3)
