@@ -164,7 +164,9 @@ def test_true_density_is_counted_over_the_training_neighbours(world):
     labels = rng.choice([-1, 0, 1], (M, 59), p=[0.5, 0.25, 0.25]).astype(np.int8)
     labels[0, data.neighbours[data.train[3]]] = -1  # nothing is known around this one
     made = stages.with_order(data, "true", labels, 0)
-    assert dataclasses.replace(made, density=data.density) == data  # nothing else is touched
+    for field in dataclasses.fields(data):  # nothing else is touched
+        if field.name != "density":
+            assert getattr(made, field.name) is getattr(data, field.name), field.name
     for m in range(M):
         for i in data.train:
             known = [labels[m, j] for j in data.neighbours[i] if labels[m, j] >= 0]
