@@ -20,6 +20,7 @@ from ml_collections import ConfigDict, config_flags
 from experiments.workdir import tells
 from genret.training import preemption, processes
 from genret.training.memory import one_heap
+from genret.training.watch import Watch, leave
 from genret.types import InputError
 
 DEFINE = {
@@ -155,6 +156,7 @@ def _joined(multihost: bool, *place: Any) -> Iterator[None]:
         yield
         return
     print(processes.start(*place), flush=True)
+    watch = Watch()
     try:
         with contextlib.ExitStack() as quiet:
             if not processes.is_writer():
@@ -165,7 +167,8 @@ def _joined(multihost: bool, *place: Any) -> Iterator[None]:
             except preemption.Preempted as stop:  # met by all at the same step
                 print(stop, flush=True)
         processes.barrier("end")
+        watch.ended()
     except BaseException as error:
         said = one_line(error)
-        print(f"error: {said}" if said else traceback.format_exc(), file=sys.stderr, flush=True)
-        os._exit(1)  # an orderly exit would wait for the others, who may wait for this one
+        watch.failed()
+        leave(f"error: {said}" if said else traceback.format_exc())

@@ -36,6 +36,11 @@ class BarrierError(RuntimeError):
 class LostProcess(RuntimeError):
     """Another process is gone; the message says what this one met."""
 
+    @classmethod
+    def of(cls, met: str) -> LostProcess:
+        fix = "start all of them again, in any number: the run goes on from its last checkpoint"
+        return cls(f"--multihost: another process is gone ({met}). {fix}")
+
 
 def start(coordinator: str | None = None, process_id: int | None = None, count: int | None = None) -> str:
     """Join the other processes, before any other use of JAX; returns 'process i of n, k devices'.
@@ -78,6 +83,13 @@ def _join(coordinator: str | None, process_id: int | None, count: int | None) ->
     except ValueError as error:  # what jax says where it finds no cluster
         fix = "give --coordinator, --process_id and --num_processes"
         raise InputError("--multihost", f"JAX found no cluster to ask ({error})", fix) from None
+
+
+def coordinator() -> str:
+    """The host of process 0, as the others reach it."""
+    from jax._src import distributed
+
+    return distributed.global_state.coordinator_address.rpartition(":")[0].strip("[]")
 
 
 def several() -> bool:
@@ -151,8 +163,7 @@ def lost(error: BaseException) -> LostProcess | None:
     said = " ".join(str(error).split())[:200]
     if not several() or isinstance(error, InputError) or not _GONE.search(said):
         return None
-    fix = "start all of them again, in any number: the run goes on from its last checkpoint"
-    return LostProcess(f"--multihost: another process is gone ({said}). {fix}")
+    return LostProcess.of(said)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,75 @@
+"""A process that is gone ends the others at once, in one line, whatever they are doing."""
+
+import signal
+import socket
+import threading
+import time
+
+import pytest
+
+from genret.training import processes
+from genret.training.watch import Watch
+from tests.commands import begin, command, together
+
+ASLEEP = """
+(workdir / f"at_{index}").write_text("here")
+time.sleep(60)
+"""
+
+
+def gone(started):
+    """stderr of all, each of which ended in less than 15 seconds (JAX's heartbeats would take 30)."""
+    said = [process.communicate(timeout=15)[1] for process in started]
+    noise = ("[Gloo]", "I0", "W0")
+    return [[line for line in text.splitlines() if not line.startswith(noise)] for text in said]
+
+
+@pytest.mark.parametrize("dead", [2, 0])
+def test_one_that_dies_outside_a_collective_ends_the_others_with_its_number(tmp_path, dead):
+    started = begin(command(ASLEEP, tmp_path), count=3)
+    while not all((tmp_path / f"at_{i}").exists() for i in range(3)):
+        assert all(process.poll() is None for process in started), started[0].communicate()
+        time.sleep(0.05)
+    started[dead].kill()
+    said = gone(started)
+    codes = [process.returncode for process in started]
+    line = f"error: --multihost: another process is gone (process {dead} of 3: its connection ended). start"
+    for i in {0, 1, 2} - {dead}:
+        if dead or codes[i] == 1:
+            assert codes[i] == 1 and said[i][-1].startswith(line), said
+            assert dead == 0 or len(said[i]) == 1, said
+        else:  # JAX's service died with process 0, and JAX can see that first
+            assert codes[i] == -signal.SIGABRT, said
+    assert codes[dead] == -signal.SIGKILL
+
+
+def test_one_that_fails_is_named_by_those_who_wait_for_it(tmp_path):
+    body = """
+from genret.types import InputError
+if index == 1:
+    raise InputError("field", "is wrong", "mend it")
+processes.barrier("never")
+"""
+    zero, one = (text for _, text in together(command(body, tmp_path), fails=True))
+    assert "error: field: is wrong. mend it" in one and "another process" not in one
+    assert "is gone (process 1 of 2: ended by an error of its own)" in zero
+
+
+def test_strangers_at_the_door_are_nobody(monkeypatch):
+    """Port scanners connect, say anything, and leave; a process without the token is not missed."""
+    port, asked = [], processes.agreed
+
+    def agreed(name, value):
+        port.append(value[1])
+        return asked(name, value)
+
+    monkeypatch.setattr(processes, "agreed", agreed)
+    watch = Watch()
+    for said in (b"", b"GET / HTTP/1.1\r\n\r\n", b"x" * 16 + b"         1"):
+        with socket.create_connection(("localhost", port[0]), 5) as stranger:
+            stranger.sendall(said)
+    time.sleep(0.3)
+    watch.ended()
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == "watch"]
+    thread.join(5)
+    assert not thread.is_alive() and not watch._peers
