@@ -66,6 +66,11 @@ def open_fanout(config: ConfigDict, encoder: TextEncoder) -> FanoutData:
 
 def fanout_texts(config: ConfigDict) -> FanoutTexts:
     """The same before it is embedded."""
+    texts = _given_texts(config)
+    return dataclasses.replace(texts, references=None) if config.fanout.regime == "oar" else texts
+
+
+def _given_texts(config: ConfigDict) -> FanoutTexts:
     f = config.fanout
     if f.data == "words":
         return words.themed(size=f.contents, count=f.queries, seed=f.seed)
@@ -363,9 +368,11 @@ def check(config: ConfigDict) -> None:
     """Raises InputError for what no run can do, before anything is opened or computed."""
     if unknown := [name for name in config.ablations if name != "rewards"]:
         raise InputError("ablations", f"unknown {unknown[0]!r}", "use rewards, or none")
-    if config.ablations and config.fanout.data != "words":
+    if config.fanout.regime not in ("given", "oar"):
+        raise InputError("regime", f"unknown regime {config.fanout.regime!r}", "use oar, or given")
+    if config.ablations and config.fanout.data != "words" and config.fanout.regime != "oar":
         problem = f"rewards compares components of a reward that {config.fanout.data} does not have"
-        raise InputError("ablations", problem, "leave it out, or use data=words")
+        raise InputError("ablations", problem, "leave it out, or use data=words or regime=oar")
     if 0 < config.diffusion.rows < config.k:
         problem = f"{config.diffusion.rows} for sets of {config.k}"
         raise InputError("diffusion.rows", problem, f"use {config.k} or more, or 0")

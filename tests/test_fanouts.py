@@ -316,6 +316,8 @@ def test_a_folder_of_ones_own_is_a_data_set(tmp_path):
         )
         data = SimpleNamespace(references=texts.references)
         assert r4t.FanoutRun(config, data, None, tmp_path, 0).context == context
+        asked = configs.get_config(f"size=test,data={folder},regime=oar")
+        assert r4t.fanout_texts(asked).references is None and "regime=oar" in asked.command
 
 
 def test_what_no_run_can_do_is_said_before_anything_is_opened(tmp_path, monkeypatch):
@@ -323,6 +325,7 @@ def test_what_no_run_can_do_is_said_before_anything_is_opened(tmp_path, monkeypa
     for argument, part, said in (
         ("data=playlists,ablations=rewards", "test", "^ablations: rewards compares components .* playlists"),
         ("ablations=reward", "test", "^ablations: unknown 'reward'"),
+        ("data=playlists,regime=wscr", "test", "^regime: unknown regime 'wscr'. use oar"),
         ("data=words", "train", "^evaluation.part: 'train' is asked of no method"),
     ):
         config = configs.get_config(f"size=test,{argument}")

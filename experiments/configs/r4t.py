@@ -4,12 +4,13 @@
     --config=experiments/configs/r4t.py:size=evidence,data=playlists,raw=PATH,seeds=0+1+2
 
 Arguments: size (test, demo, evidence, paper), data (words, playlists, fashion, polyvore, or a folder of your
-own), raw (folder or file of playlists, fashion or polyvore), seeds (0+1+2), ablations (rewards: the collapse
-study).
+own), raw (folder or file of playlists, fashion or polyvore), regime (oar: open-ended, whatever the data),
+seeds (0+1+2), ablations (rewards: the collapse study).
 
 words is open-ended retrieval (OAR): themes over 16,000 embedded words, nothing to download but wheels. The
 next three are weakly supervised (WSCR): one reference set per query. Your own, contents.txt and
-queries.jsonl (genret/catalogue/own.py), are what queries.jsonl says.
+queries.jsonl (genret/catalogue/own.py), are what queries.jsonl says. With regime=oar their reference sets are
+left out: the same queries and contents, and the rewards and the table of open-ended retrieval.
 
 demo is what launch/fanout_demo.sh runs; evidence trains a wider set network, for longer, on sets of more
 queries. Expected, 2 CPU cores: see the README. `paper` is for accelerators and has no figure yet.
@@ -74,7 +75,7 @@ SIZES = {
 
 def get_config(argument: str = "") -> ConfigDict:
     """The whole tree of defaults; every leaf is read, and an unknown one is refused."""
-    arg = parse(argument, size="demo", data="words", raw="", seeds="0", ablations="")
+    arg = parse(argument, size="demo", data="words", raw="", regime="", seeds="0", ablations="")
     if arg.size not in SIZES:
         raise InputError("size", f"unknown size {arg.size!r}", f"use one of {', '.join(SIZES)}")
     if arg.data not in DATA and not os.path.isdir(arg.data):
@@ -82,6 +83,7 @@ def get_config(argument: str = "") -> ConfigDict:
     given = ",".join(f"{k}={v}" for k, v in vars(arg).items() if v and k not in ("seeds", "ablations"))
 
     words = arg.data == "words"
+    open_ended = words or arg.regime == "oar"
     c = ConfigDict()
     c.seeds = seeds(arg.seeds)  # one whole run each
     c.ablations = tuple(filter(None, arg.ablations.split("+")))  # rewards, or nothing
@@ -89,6 +91,7 @@ def get_config(argument: str = "") -> ConfigDict:
     c.fanout = dict(
         data=arg.data,  # words, playlists, fashion, polyvore, or a folder of contents.txt and queries.jsonl
         raw=arg.raw,  # folder or file of a data set that is not made here
+        regime=arg.regime or "given",  # oar: reference sets are left out
         folder="data",  # where embedded data sets are kept
         contents=16_000,  # words: of the pool
         queries=3_000,  # words: themes
@@ -164,7 +167,7 @@ def get_config(argument: str = "") -> ConfigDict:
         steps=256,  # of the faithful sampler, Euler-Maruyama
         few=("exponential 8", "exponential 16", "heun 5"),  # few-call lines; the last is exported
         levels=(0.05 if words else 0.1, 10.0),  # least and largest noise level of theirs
-        spare=10 if words else 4,  # rows drawn beyond L (block=adaln), of all of which k stay
+        spare=10 if open_ended else 4,  # rows drawn beyond L (block=adaln), of all of which k stay
         grounded=1.0,  # open-ended: weight of a row's cosine with its content beside the query's with it
         guidance=0.1,  # w of the faithful sampler (B.6)
         pool=100,  # neighbours that re-ranking and clustering choose among
