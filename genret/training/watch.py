@@ -53,6 +53,7 @@ class Watch:
         token, port = secrets.token_hex(8), 0
         if processes.is_writer():
             self._server = _listen()
+            self._server.settimeout(1.0)
             port = self._server.getsockname()[1]
         token, port = processes.agreed("watch", (token, port))
         if self._server is None:
@@ -105,16 +106,16 @@ class Watch:
                     waiting.register(peer, selectors.EVENT_READ)
 
     def _accept(self, token: str) -> socket.socket | None:
-        peer, _ = self._server.accept()
         try:
+            peer, _ = self._server.accept()
             peer.settimeout(1.0)
             given, _, index = _read(peer, len(token) + 10).partition(" ")
             if given == token:
                 self._add(peer, int(index))
                 return peer
+            peer.close()  # nobody of ours
         except (OSError, ValueError):
             pass
-        peer.close()  # nobody of ours
         return None
 
     def _heard(self, peer: socket.socket) -> bool:
