@@ -20,7 +20,7 @@ from ml_collections import ConfigDict, config_flags
 from experiments.workdir import tells
 from genret.training import preemption, processes
 from genret.training.memory import one_heap
-from genret.training.watch import Watch, leave
+from genret.training.watch import Watch
 from genret.types import InputError
 
 DEFINE = {
@@ -158,6 +158,8 @@ def _joined(multihost: bool, *place: Any) -> Iterator[None]:
     print(processes.start(*place), flush=True)
     watch = Watch()
     try:
+        watch.begin()
+        processes.same("command", Path(sys.argv[0]).stem)
         with contextlib.ExitStack() as quiet:
             if not processes.is_writer():
                 sink = quiet.enter_context(open(os.devnull, "w"))
@@ -170,5 +172,5 @@ def _joined(multihost: bool, *place: Any) -> Iterator[None]:
         watch.ended()
     except BaseException as error:
         said = one_line(error)
-        watch.failed()
-        leave(f"error: {said}" if said else traceback.format_exc())
+        met = processes.lost(error) is not None
+        watch.fail(f"error: {said}" if said else traceback.format_exc(), lost=met)

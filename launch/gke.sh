@@ -42,13 +42,14 @@ spec:
   completionMode: Indexed
   completions: $PODS
   parallelism: $PODS
-  backoffLimit: 0
-  podFailurePolicy: # a pod that was preempted is made again, and continues
+  backoffLimit: $((3 * PODS)) # one that is lost ends the others, and all are made again and continue
+  podFailurePolicy: # a pod that was preempted is not counted
     rules: [{action: Ignore, onPodConditions: [{type: DisruptionTarget}]}]
   template:
     spec:
       subdomain: $NAME
-      restartPolicy: Never$selector
+      restartPolicy: Never
+      terminationGracePeriodSeconds: 120$selector
       containers:
         - name: genret
           image: $IMAGE$limits

@@ -25,8 +25,9 @@ ENVIRONMENT = {
 }
 
 
-def begin(command, count=2, devices=1):
-    """The processes of `python command`; flags of --multihost are added where count exceeds one."""
+def begin(command, count=2, devices=1, each=None):
+    """The processes of `python command`, or of a command each; flags of --multihost are added where count
+    exceeds one."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -35,10 +36,10 @@ def begin(command, count=2, devices=1):
     flags = ["--multihost", f"--coordinator=localhost:{port}", f"--num_processes={count}"]
     return [
         subprocess.Popen(
-            [sys.executable, *command, *([*flags, f"--process_id={i}"] if count > 1 else [])],
+            [sys.executable, *one, *([*flags, f"--process_id={i}"] if count > 1 else [])],
             cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
-        for i in range(count)
+        for i, one in enumerate(each or [command] * count)
     ]  # fmt: skip
 
 

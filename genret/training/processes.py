@@ -147,6 +147,13 @@ def agreed(name: str, value: T) -> T:
         return json.loads(client.blocking_key_value_get(key, milliseconds))
 
 
+def same(name: str, value: str) -> None:
+    """Raises InputError where `value` is another than that of process 0, and in nobody but who differs."""
+    if (first := agreed(name, value)) != value:
+        problem = f"is {value} here and {first} in process 0"
+        raise InputError(name, problem, "start the same in all processes")
+
+
 def any_of(name: str, value: bool) -> bool:
     """Whether `value` is true in any process; raises BarrierError as `barrier` does."""
     if not several():

@@ -8,6 +8,7 @@ are what is left.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import selectors
@@ -24,57 +25,74 @@ from genret.training import processes
 CONNECT = 20.0  # seconds in which a process must reach process 0
 # Of one that has said its own error: seconds in which the others say theirs, if they meet one.
 GRACE = 5.0
+# Process 0 goes last, as JAX's service goes with it and aborts who is still there: seconds it waits for them.
+LAST = 10.0
 # Probes of a silent connection: the first after, then every, and how many; together less than HEARTBEAT.
 _KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 4, "TCP_KEEPCNT": 3}
-_speaking = threading.Lock()
-
-
-def leave(said: str) -> NoReturn:
-    """Ends this process with status 1 and what is said on stderr; of two threads the first speaks alone.
-
-    An orderly exit would wait for the others, who may wait for this one.
-    """
-    _speaking.acquire()  # for good
-    print(said, file=sys.stderr, flush=True)
-    os._exit(1)
 
 
 class Watch:
     """This process's connections: to all others in process 0, to process 0 in the others.
 
-    All must make one, after `processes.start`, and end it by `ended` or `failed`; a process that does neither
-    is gone, and the others `leave`.
+    All must `begin` one, after `processes.start`, and leave it by `ended` or `fail`; a process that does
+    neither is gone, and the others end with status 1 and a line that names it.
     """
 
     def __init__(self) -> None:
+        self._own, self._count = jax.process_index(), jax.process_count()
         self._peers: dict[socket.socket, int] = {}
         self._server: socket.socket | None = None
-        self._over, self._count = False, jax.process_count()
-        token, port = secrets.token_hex(8), 0
+        self._over = False
+        self._speaking = threading.Lock()
+        self._token = secrets.token_hex(8)
+
+    def begin(self) -> None:
+        """Connects, and watches in a thread of its own. Raises BarrierError where the others do not come."""
+        port = 0
         if processes.is_writer():
-            self._server = _listen()
-            self._server.settimeout(1.0)
+            self._server = _listen(self._count)
             port = self._server.getsockname()[1]
-        token, port = processes.agreed("watch", (token, port))
+        self._token, port = processes.agreed("watch", (self._token, port))
         if self._server is None:
             try:
                 peer = socket.create_connection((processes.coordinator(), port), CONNECT)
-                peer.sendall(f"{token} {jax.process_index():>9}".encode())
+                peer.sendall(f"{self._token} {self._own:>9}".encode())
             except OSError as error:
                 print(f"cannot reach process 0's watch ({error}): JAX's heartbeats are left", file=sys.stderr)
                 return
             self._add(peer, 0)
-        threading.Thread(target=self._watch, args=(token,), name="watch", daemon=True).start()
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     def ended(self) -> None:
-        """This process is about to end as all do."""
+        """This process is about to end, as all do."""
         self._over = True
-        self._tell("ended", jax.process_index())
+        self._tell("ended", self._own)
 
-    def failed(self) -> None:
-        """This process is about to end by an error of its own, which it says itself."""
+    def fail(self, said: str, lost: bool = False) -> NoReturn:
+        """Ends this process with status 1 and its error on stderr. lost: what it met is the loss of another.
+
+        An orderly exit would wait for the others, who may wait for this one.
+        """
+        if lost and self._server is not None:
+            time.sleep(1.0)  # the watch may know which, and speak first
         self._over = True
-        self._tell("failed", jax.process_index())
+        self._end(said, "ended" if lost and self._server is None else "failed", self._own)
+
+    def _end(self, said: str, how: str, index: int) -> NoReturn:
+        self._speaking.acquire()  # for good: of two threads the first speaks alone
+        try:
+            with contextlib.suppress(OSError, ValueError):  # nobody reads it
+                sys.stdout.flush()
+                print(said, file=sys.stderr, flush=True)
+            self._tell(how, index)
+            until = time.monotonic() + LAST
+            for peer in tuple(self._peers) if self._server is not None else ():
+                with contextlib.suppress(OSError):
+                    peer.settimeout(max(0.01, until - time.monotonic()))
+                    while peer.recv(64):
+                        pass
+        finally:
+            os._exit(1)
 
     def _add(self, peer: socket.socket, index: int) -> None:
         peer.settimeout(None)
@@ -86,65 +104,67 @@ class Watch:
 
     def _tell(self, how: str, index: int) -> None:
         for peer in tuple(self._peers):
-            try:
+            with contextlib.suppress(OSError):  # gone too
                 peer.sendall(_message(how, index))
-            except OSError:
-                pass  # gone too
 
-    def _watch(self, token: str) -> None:
-        """Runs in a thread of its own until the end."""
+    def _watch(self) -> None:
+        """Runs in its thread until the end."""
         waiting = selectors.DefaultSelector()
         for known in (self._server, *self._peers):
             if known is not None:
                 waiting.register(known, selectors.EVENT_READ)
         while not self._over:
             for key, _ in waiting.select(timeout=1.0):
-                if key.fileobj is not self._server:
-                    if self._heard(key.fileobj):
-                        waiting.unregister(key.fileobj)
-                elif (peer := self._accept(token)) is not None:
-                    waiting.register(peer, selectors.EVENT_READ)
+                found = key.fileobj
+                if found is self._server:
+                    with contextlib.suppress(OSError):
+                        waiting.register(self._server.accept()[0], selectors.EVENT_READ)
+                elif found in self._peers:
+                    if self._heard(found):
+                        waiting.unregister(found)
+                elif not self._is_ours(found):
+                    waiting.unregister(found)
+                    found.close()
 
-    def _accept(self, token: str) -> socket.socket | None:
-        try:
-            peer, _ = self._server.accept()
+    def _is_ours(self, peer: socket.socket) -> bool:
+        """Whether what has connected, and says something, is a process of this run; then it is a peer."""
+        with contextlib.suppress(OSError, ValueError):
             peer.settimeout(1.0)
-            given, _, index = _read(peer, len(token) + 10).partition(" ")
-            if given == token:
+            given, _, index = _read(peer, len(self._token) + 10).partition(" ")
+            if given == self._token:
                 self._add(peer, int(index))
-                return peer
-            peer.close()  # nobody of ours
-        except (OSError, ValueError):
-            pass
-        return None
+                return True
+        return False
 
     def _heard(self, peer: socket.socket) -> bool:
-        """Takes in one message, or the end, of a connection; True where there is no more to come."""
+        """Takes in one message, or the end, of a peer; True where there is no more to come."""
         try:
             how, _, index = _read(peer, len(_message("", 0))).strip().partition(" ")
         except OSError:  # reset, or no answer to any probe
             how = index = ""
         if how == "ended" or self._over:
             return True
+        index = int(index or self._peers[peer])
         if how == "failed":
             if self._server is not None:
-                self._tell(how, int(index))
+                self._tell(how, index)
             time.sleep(GRACE)
-            self._leave(int(index), "ended by an error of its own")
-        lost = int(index or self._peers[peer])
-        if self._server is not None:
-            self._tell("lost", lost)
-        self._leave(lost, "its connection ended")
-
-    def _leave(self, index: int, how: str) -> None:
+        met = "ended by an error of its own" if how == "failed" else "its connection ended"
         if not self._over:
-            leave(f"error: {processes.LostProcess.of(f'process {index} of {self._count}: {how}')}")
+            said = processes.LostProcess.of(f"process {index} of {self._count}: {met}")
+            self._end(f"error: {said}", how or "lost", index)
+        return True
 
 
-def _listen() -> socket.socket:
+def _listen(count: int) -> socket.socket:
     if socket.has_dualstack_ipv6():
-        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
-    return socket.create_server(("", 0))
+        found = socket.create_server(
+            ("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=count
+        )  # fmt: skip
+    else:
+        found = socket.create_server(("", 0), backlog=count)
+    found.settimeout(1.0)
+    return found
 
 
 def _message(how: str, index: int) -> bytes:

@@ -9,7 +9,7 @@ import pytest
 
 from genret.training import processes
 from genret.training.watch import Watch
-from tests.commands import begin, command, together
+from tests.commands import begin, command
 
 ASLEEP = """
 (workdir / f"at_{index}").write_text("here")
@@ -17,9 +17,9 @@ time.sleep(60)
 """
 
 
-def gone(started):
-    """stderr of all, each of which ended in less than 15 seconds (JAX's heartbeats would take 30)."""
-    said = [process.communicate(timeout=15)[1] for process in started]
+def gone(started, patience=15):
+    """stderr of all, which end in less than 15 seconds (JAX's heartbeats would take 30)."""
+    said = [process.communicate(timeout=patience)[1] for process in started]
     noise = ("[Gloo]", "I0", "W0")
     return [[line for line in text.splitlines() if not line.startswith(noise)] for text in said]
 
@@ -43,15 +43,30 @@ def test_one_that_dies_outside_a_collective_ends_the_others_with_its_number(tmp_
     assert codes[dead] == -signal.SIGKILL
 
 
-def test_one_that_fails_is_named_by_those_who_wait_for_it(tmp_path):
-    body = """
+@pytest.mark.parametrize("wrong", [0, 2])
+def test_one_that_fails_is_named_by_those_who_wait_for_it(tmp_path, wrong):
+    """Process 0 too, without which JAX's service would abort the others: it goes last."""
+    body = f"""
 from genret.types import InputError
-if index == 1:
+if index == {wrong}:
     raise InputError("field", "is wrong", "mend it")
-processes.barrier("never")
+sum(range(5 * 10**7)) if index == 1 else processes.barrier("never")  # one has no time to hear of it
+time.sleep(60)
 """
-    zero, one = (text for _, text in together(command(body, tmp_path), fails=True))
-    assert "error: field: is wrong. mend it" in one and "another process" not in one
+    started = begin(command(body, tmp_path), count=3)
+    said = gone(started, 30)
+    assert [process.returncode for process in started] == [1, 1, 1], said
+    assert said.pop(wrong) == ["error: field: is wrong. mend it"]
+    line = f"error: --multihost: another process is gone (process {wrong} of 3: ended by an error of its own)"
+    assert all(len(lines) == 1 and lines[0].startswith(line) for lines in said), said
+
+
+def test_processes_that_run_two_commands_end(tmp_path):
+    """A pod that is made again starts with `run`, while the others have gone on to `evaluate`."""
+    flags = [f"--workdir={tmp_path}", "--config=experiments/configs/modit.py:size=test"]
+    started = begin(None, each=[["-m", f"experiments.{name}", *flags] for name in ("run", "evaluate")])
+    zero, one = (lines[-1] for lines in gone(started, 30))
+    assert one.startswith("error: command: is evaluate here and run in process 0. start the same")
     assert "is gone (process 1 of 2: ended by an error of its own)" in zero
 
 
@@ -65,6 +80,7 @@ def test_strangers_at_the_door_are_nobody(monkeypatch):
 
     monkeypatch.setattr(processes, "agreed", agreed)
     watch = Watch()
+    watch.begin()
     for said in (b"", b"GET / HTTP/1.1\r\n\r\n", b"x" * 16 + b"         1"):
         with socket.create_connection(("localhost", port[0]), 5) as stranger:
             stranger.sendall(said)
