@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import multiprocessing
 import os
+import threading
 import zipfile
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
@@ -140,7 +141,7 @@ def map_chunks(
     context = multiprocessing.get_context("spawn")
     with contextlib.ExitStack() as stack:
         if workers > 1:
-            pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context)
+            pool = concurrent.futures.ProcessPoolExecutor(workers, context, _end_with_parent)
             stack.callback(pool.shutdown, cancel_futures=True)
         done = 0
         for part, result in zip(parts, (pool.map if workers > 1 else map)(function, parts), strict=True):
@@ -148,6 +149,16 @@ def map_chunks(
             if progress:
                 progress(done, len(items))
             yield result
+
+
+def _end_with_parent() -> None:
+    """In a worker: one whose parent was killed waits for work for ever."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _cores() -> int:

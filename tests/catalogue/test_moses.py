@@ -6,6 +6,9 @@ import functools
 import gzip
 import importlib.metadata
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ from genret.catalogue import format, molecules, moses
 from genret.catalogue.molecules import describe, fit_projection, map_chunks, project, scaffolds
 from genret.catalogue.splits import make_splits
 from genret.types import InputError
+from tests.commands import ROOT
 
 ASPIRIN = "CC(=O)Oc1ccccc1C(=O)O"
 CAFFEINE = "CN1C=NC2=C1C(=O)N(C(=O)N2C)C"
@@ -111,6 +115,22 @@ def test_map_chunks_keeps_the_order(workers):
     parts = [*map_chunks(scaffolds, smiles, workers=workers, chunk=10, progress=lambda *a: seen.append(a))]
     assert [len(part) for part in parts] == [10, 10, 6] and parts[-1][-1] == "c1ccccc1"
     assert seen == [(10, 26), (20, 26), (26, 26)]
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    """They hold its stdout: it ends when the last of them does."""
+    body = """
+import os, signal
+from genret.catalogue.molecules import map_chunks
+if __name__ == "__main__":
+    for _ in map_chunks(len, ["C"] * 40, workers=2, chunk=10):
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+    (tmp_path / "killed.py").write_text(body)
+    command = [sys.executable, str(tmp_path / "killed.py")]
+    where = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, timeout=60, env=where)
+    assert done.returncode == -signal.SIGKILL
 
 
 def test_a_description_that_was_killed_goes_on(published, tmp_path, monkeypatch):
