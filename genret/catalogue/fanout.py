@@ -283,12 +283,17 @@ def draw_split(groups: Sequence[Any], *, seed: int) -> np.ndarray:
     return part[number]
 
 
+def folded(text: str) -> str:
+    """`text` as the encoder reads it, which knows neither case nor spacing."""
+    return " ".join(text.casefold().split())
+
+
 def deduplicated(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """(i32[d] row where each distinct text appears first, i32[n] number of each text among the distinct).
 
     Texts that differ in case or white space alone are one: the encoder reads them alike.
     """
-    keys = [" ".join(text.casefold().split()) for text in texts]
+    keys = [folded(text) for text in texts]
     number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     numbers = np.array([number[key] for key in keys], np.int32)
     return np.unique(numbers, return_index=True)[1].astype(np.int32), numbers
@@ -296,15 +301,17 @@ def deduplicated(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 
 def json_lines(path: Path, what: str, form: str, fix: str) -> Iterator[tuple[str, Any]]:
     """(where it stands, the value) of each line of a JSONL file. Raises InputError for a missing file, what
-    is not UTF-8, and a line that is no JSON. what: a line is, in words; form: how to write one; fix: of the
-    file."""
+    is not UTF-8, and a line that is no JSON; empty ones are passed over. what: a line is, in words; form: how
+    to write one; fix: of the file."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError as error:
         raise InputError(str(path), "no such file", fix) from error
     except (OSError, ValueError) as error:
         raise InputError(str(path), f"not UTF-8 ({error})", fix) from error
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         where = f"line {number} of {path.name}"
         try:
             yield where, json.loads(line)
@@ -342,6 +349,11 @@ def _check_texts(data: FanoutTexts | FanoutData) -> None:
     for i, part in enumerate(SPLITS):
         if not (split == i).any():
             raise InputError("split", f"no query is in {part}", "Give each part some: see draw_split.")
+    part_of: dict[str, int] = {}
+    for query, part in zip(data.queries, split.tolist(), strict=True):
+        if part_of.setdefault(folded(query), part) != part:
+            problem = f"{query!r} is in two parts, in other case or spacing"
+            raise InputError("split", problem, "Keep what the encoder reads alike in one part.")
     object.__setattr__(data, "split", _read_only(split.astype(np.int8)))
     if data.references is not None:
         object.__setattr__(data, "references", _checked_references(data))

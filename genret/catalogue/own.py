@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from genret.catalogue.fanout import SPLITS, FanoutTexts, deduplicated, draw_split, json_lines
+from genret.catalogue.fanout import SPLITS, FanoutTexts, deduplicated, draw_split, folded, json_lines
 from genret.types import InputError
 
 FIX = "Pass the folder of contents.txt and queries.jsonl."
@@ -54,7 +54,7 @@ def read(folder: str | Path, *, seed: int = 0) -> FanoutTexts:
     if given["split"]:
         split = np.array([SPLITS.index(found["split"]) for found in rows], np.int8)
     else:
-        split = draw_split(queries, seed=seed)
+        split = draw_split([folded(query) for query in queries], seed=seed)
     return FanoutTexts(
         name=folder.resolve().name,
         contents=[lines[i] for i in firsts],
@@ -70,7 +70,7 @@ def read(folder: str | Path, *, seed: int = 0) -> FanoutTexts:
 
 def _read_contents(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError as error:
         raise InputError(str(path), "no such file", FIX) from error
     except (OSError, ValueError) as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from genret.catalogue.fanout import FanoutTexts, deduplicated, draw_split, json_lines, plain
+from genret.catalogue.fanout import FanoutTexts, deduplicated, draw_split, folded, json_lines, plain
 from genret.types import InputError
 
 # Charts follow no theme: "Top 50 - Iceland". Personal lists are made for or by one listener.
@@ -44,7 +44,7 @@ def read(folder: str | Path, *, seed: int = 0) -> FanoutTexts:
         name="playlists",
         contents=[titles[i] for i in firsts],
         queries=queries,
-        split=draw_split(queries, seed=seed),
+        split=draw_split([folded(query) for query in queries], seed=seed),
         references=[np.unique([row[track] for track in each["track_ids"]]) for each in kept],
         card={
             "contents": f"{len(firsts)} texts of {len(titles)} tracks",

@@ -43,11 +43,32 @@ def test_without_references_it_is_open_ended_and_without_a_split_one_is_drawn(tm
     assert (texts.split != read(tmp_path, seed=4).split).any()
 
 
+def test_what_an_editor_leaves_is_no_text(tmp_path):
+    """A byte order mark before the first line, and empty lines after the last."""
+    plain = read(write(tmp_path))
+    for name in ("contents.txt", "queries.jsonl"):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        (tmp_path / name).write_text(text + "\n\n", encoding="utf-8-sig")
+    marked = read(tmp_path)
+    assert (marked.contents, marked.queries) == (plain.contents, plain.queries)
+
+
+def test_queries_that_the_encoder_reads_alike_stay_in_one_part(tmp_path):
+    queries = [{"query": q} for i in range(40) for q in (f"Red dress {i}", f"red  dress {i}")]
+    for seed in range(4):
+        split = read(write(tmp_path, queries=queries), seed=seed).split.reshape(40, 2)
+        assert (split[:, 0] == split[:, 1]).all()
+
+
 @pytest.mark.parametrize(
     "change, match",
     [
+        (
+            {"queries": [*QUERIES, QUERIES[0] | {"query": "Rainy Day", "split": "test"}]},
+            "split: 'Rainy Day' is in two parts, in other case or spacing",
+        ),
         ({"contents": "\n \n"}, "contents.txt: holds no content"),
-        ({"queries": []}, "line 1 of queries.jsonl: not a query"),
+        ({"queries": []}, "queries.jsonl: holds no query"),
         ({"queries": ['{"query": "a"']}, "line 1 of queries.jsonl: not a query"),
         ({"queries": [*QUERIES, "[1]"]}, "line 4 of queries.jsonl: has no text under"),
         ({"queries": [{"query": 3}]}, "line 1 of queries.jsonl: has no text under"),
