@@ -45,10 +45,15 @@ setup(
         "text": ["safetensors>=0.4.5", "tokenizers>=0.20"],
         "fanout": ["safetensors>=0.4.5", "tokenizers>=0.20", "gguf>=0.17", "jinja2>=3.1"],
         "export": ["flatbuffers>=24.3"],  # jax.export reads and writes programs with it
-        # What tests marked `peer` compare with; not needed otherwise.
-        "peer": ["torch>=2.4", "transformers>=4.51", "trl>=1.0", "accelerate>=1.0"],
-        # What `python -m experiments.benchmark --peers` compares with.
-        "bench": ["torch>=2.4", "transformers>=4.51", "faiss-cpu>=1.8", "hnswlib>=0.8"],
+        # What tests marked `peer` and `python -m experiments.benchmark --peers` compare with.
+        "peer": [
+            "torch>=2.4",
+            "transformers>=4.51",
+            "trl>=1.0",
+            "accelerate>=1.0",
+            "faiss-cpu>=1.8",
+            "hnswlib>=0.8",
+        ],
         "test": [
             "rdkit>=2024.3",
             "safetensors>=0.4.5",

@@ -33,6 +33,7 @@ from genret.retrieval.index import build_index
 from genret.retrieval.metrics import macro
 from genret.training import preemption, processes
 from genret.training.log import Progress
+from genret.training.memory import peak
 from genret.types import InputError
 
 
@@ -87,7 +88,8 @@ def kept_steps(run: Run, folder: str) -> list[int]:
 def evaluate_checkpoints(run: Run, folders: Sequence[str], results: Path) -> None:
     """The one-call query of every checkpoint in `folders` of one seed that lacks rows, on validation.
 
-    A checkpoint that training deletes before it is read is passed over, and a line says so.
+    A checkpoint that training deletes before it is read is passed over, and a line says so; of several
+    processes, whose reading it would part, it is an error.
     """
     have = {_key(row) for row in read_rows(results)}
     cells = [(split, domain) for split in SPLITS for domain in run.catalogue.attribute_names]
@@ -95,6 +97,7 @@ def evaluate_checkpoints(run: Run, folders: Sequence[str], results: Path) -> Non
         (folder, step) for folder in folders for step in kept_steps(run, folder)
         if any((folder, step, *cell, run.seed) not in have for cell in cells)
     ]  # fmt: skip
+    todo = processes.agreed("checkpoints", todo)  # training may go on, and delete some
     if not todo:  # nothing is opened, let alone fitted, before a stage has begun
         return
     validation = run.contexts("validation")
@@ -103,7 +106,7 @@ def evaluate_checkpoints(run: Run, folders: Sequence[str], results: Path) -> Non
         try:
             rows = checkpoint_rows(run, folder, step, validation)
         except Exception:  # whatever a reader meets whose files go away under it
-            if (run.folder / folder / "checkpoints" / str(step)).is_dir():
+            if processes.several() or (run.folder / folder / "checkpoints" / str(step)).is_dir():
                 raise
             print(f"{where}: passed over, training has deleted it", flush=True)
             continue
@@ -163,6 +166,7 @@ def main(
     _pattern(methods)  # said before anything is opened
     with alone(workdir, "evaluate"):
         _evaluate(config, workdir, methods, checkpoints, follow_seconds if follow else None)
+    print(peak(), flush=True)
 
 
 def _evaluate(

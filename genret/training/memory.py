@@ -1,10 +1,11 @@
-"""Host memory of a CPU: what a train step frees is kept for the next one."""
+"""Host memory: how much was held, and on a CPU what a train step frees is kept for the next one."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +19,15 @@ _USUAL = {_TRIM_THRESHOLD: 128 << 10, _MMAP_MAX: 65_536}
 # Bytes a step. A heap can hold several holes of the size that is asked for: ten such should not hurt.
 MOST = 256 << 20
 _WORTH = 8 << 20
+
+
+def peak() -> str:
+    """In words: the most host memory that this process has held so far, and the largest that it started."""
+    from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    held = [unit * getrusage(who).ru_maxrss / 2**30 for who in (RUSAGE_SELF, RUSAGE_CHILDREN)]
+    return f"peak host memory {held[0]:.2f} GiB" + (f", of a worker {held[1]:.2f}" if held[1] > 0 else "")
 
 
 def one_heap() -> bool:
