@@ -18,7 +18,7 @@ from experiments.workdir import append_rows, read_rows
 from genret.diffusion.edm import SIGMA_MAX, SIGMA_MIN
 from genret.diffusion.retriever import Method
 from genret.r4t import baselines
-from genret.r4t.fanout import network_calls
+from genret.r4t.fanout import grounded, network_calls
 from genret.r4t.folm import LanguagePolicy, sample_fanouts
 from genret.r4t.items import nearest_items
 from genret.r4t.rewards import OAR
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 FOLM, DIFFUSION, RANDOM, SINGLE = "R4T-FOLM", "R4T-Diffusion", "random pool", "no fan-out"
 UNGUIDED, ORACLE = f"{DIFFUSION}, no guidance", "few-shot LM, oracle"
+OF_TWO = f"{FOLM}, ten of two"  # rows of two fan-outs, chosen as the diffusion's are
 AS_DRAWN = f"{DIFFUSION}, as drawn"  # k rows and no choice among more, as a language model writes k
 FEW = {"euler": "Euler", "heun": "Heun", "exponential": "DPM-Solver++"}  # samplers of few calls
 PARTS = ("test", "validation")  # whose queries may be asked
@@ -100,12 +101,19 @@ def all_methods(run: FanoutRun) -> Iterator[FanoutMethod]:
 
         return FanoutMethod(name, answer, draws, calls)
 
-    def alone(rows: np.ndarray, seed: int) -> Fanout:
-        found = baselines.no_fanout(index)(data.query_embeddings[rows], k * _depth(run), seed)
-        return Fanout(x[found[:, :k]], found=found.reshape(len(rows), k, -1))
+    def whole(make: Callable[[], baselines.Baseline]) -> Callable[[np.ndarray, int], Fanout]:
+        """Of a method that is no fan-out: as many distinct contents as ten rows find, or all there are."""
 
-    yield line(RANDOM, lambda: baselines.random_pool(len(x)), draws=True)
-    yield FanoutMethod(SINGLE, alone)
+        def answer(rows: np.ndarray, seed: int) -> Fanout:
+            found = np.full((len(rows), k * _depth(run)), -1, np.int32)
+            most = min(found.shape[1], len(x))
+            found[:, :most] = make()(data.query_embeddings[rows], most, seed)
+            return Fanout(x[found[:, :k]], found=found.reshape(len(rows), k, -1))
+
+        return answer
+
+    yield FanoutMethod(RANDOM, whole(lambda: baselines.random_pool(len(x))), draws=True)
+    yield FanoutMethod(SINGLE, whole(lambda: baselines.no_fanout(index)))
     yield line("MMR re-ranking", lambda: baselines.mmr_reranking(index, x, pool=e.pool))
     yield line("DPP re-ranking", lambda: baselines.dpp_reranking(index, x, pool=e.pool))
     yield line("k-means of neighbours", lambda: baselines.neighbour_clusters(index, x, pool=e.pool))
@@ -151,7 +159,25 @@ def _language(run: FanoutRun) -> Iterator[FanoutMethod]:
     if "rewards" in run.config.ablations:
         lines |= {"folm_grounded": f"{FOLM}, groundedness alone", "folm_aligned": f"{FOLM}, no diversity"}
     for folder, name in lines.items():
-        yield make(name, lambda: run.policy, functools.cache(functools.partial(run.trained, folder)))
+        trained = functools.cache(functools.partial(run.trained, folder))
+        yield make(name, lambda: run.policy, trained)
+        if folder == "folm" and run.data.references is None:
+            twice = written(lambda: run.policy, trained)
+            yield FanoutMethod(OF_TWO, _of_two(run, twice), draws=True, calls="tokens")
+
+
+def _of_two(run: FanoutRun, written: Callable[[np.ndarray, int], Fanout]) -> Callable:
+    """As many candidates to a language model as the diffusion draws, and the same choice among them."""
+
+    def answer(rows: np.ndarray, seed: int) -> Fanout:
+        both = written(np.repeat(rows, 2), seed).vectors.reshape(len(rows), 2 * run.config.k, -1)
+        made, ids = grounded(
+            both, run.data.query_embeddings[rows], run.config.k, run.index, run.data.embeddings,
+            weight=run.config.evaluation.grounded,
+        )  # fmt: skip
+        return Fanout(made, found=ids[..., None])
+
+    return answer
 
 
 class FewCalls(NamedTuple):

@@ -103,7 +103,8 @@ class FanoutRun:
     @functools.cached_property
     def index(self) -> Index:
         e = self.config.evaluation
-        return build_index(e.index, self.data.embeddings, max(e.pool, e.depth), self.mesh)
+        depth = min(max(e.pool, e.depth), len(self.data.embeddings))
+        return build_index(e.index, self.data.embeddings, depth, self.mesh)
 
     @functools.cached_property
     def language(self) -> LanguageModel:
@@ -149,18 +150,28 @@ class FanoutRun:
     @functools.cached_property
     def few_shot(self) -> LanguagePolicy:
         shown = [(theme, queries[: self.config.k]) for theme, queries in prompts.EXAMPLES]
-        return self.asked(prompts.few_shot(shown))
+        return self.asked(prompts.few_shot(shown), max_new=self._untuned)
 
     @functools.cached_property
     def zero_shot(self) -> LanguagePolicy:
-        task = "themes" if self.data.references is None else "items"
         ask = prompts.chat if self.config.language.reason else prompts.line
-        return self.asked(ask(task, self.config.k))
+        return self.asked(ask(self._task, self.config.k), max_new=self._untuned)
 
     @functools.cached_property
     def policy(self) -> LanguagePolicy:
-        """What is trained: the short prompt, LoRA factors (or all weights)."""
-        return self.asked(prompts.SHORT, lora=bool(self.config.language.lora_rank))
+        """What is trained, LoRA factors or all weights: the short prompt, or the paper's, with reasoning."""
+        c, k = self.config.language, self.config.k
+        asked = prompts.chat(self._task, k) if c.reason else prompts.SHORT
+        return self.asked(asked, lora=bool(c.lora_rank))
+
+    @property
+    def _task(self) -> str:
+        return "themes" if self.data.references is None else "items"
+
+    @property
+    def _untuned(self) -> int:
+        c = self.config.language
+        return max(c.max_new, c.max_untuned)
 
     @functools.cached_property
     def training_rows(self) -> np.ndarray:
@@ -240,6 +251,9 @@ class FanoutRun:
         fits = [p for p in kept if len(self.policy.encode(self.policy.prompt.answer(p[1]))) <= limit]
         if not fits:
             raise InputError("language.max_new", f"no answer fits into {limit} tokens", "raise it")
+        if len(fits) < len(kept):
+            long = f"{len(kept) - len(fits)} of {len(kept)} answers"
+            print(f"warm start: {long} of over {limit} tokens left out", flush=True)
         return fits
 
     def warm_stage(self) -> Stage:
@@ -313,7 +327,7 @@ class FanoutRun:
         block = "adaln" if regression else d.block
         model = stages.set_dit(
             d.size, embedding=self.data.width, rows=self.rows(regression), block=block,
-            positions=regression or None, dims=d.dims,
+            positions=regression or None, dims=d.dims, dtype=jnp.dtype(d.dtype),
         )  # fmt: skip
         return Retriever(model, d.noise, d.drop)
 
@@ -341,7 +355,7 @@ class FanoutRun:
         """The set model of `folder`: regressor, or diffusion, which draws `spare` rows more where it can."""
         regression = folder == "regressor"
         positions = regression or self.config.diffusion.block == "paper"
-        spare = 0 if positions else self.config.evaluation.spare
+        spare = 0 if positions else self.config.evaluation.spare[self.data.references is not None]
         retriever = self.retriever(regression)
         params = restore_params(
             self.folder / folder / "checkpoints", jax.eval_shape(retriever.init, jax.random.key(0)),
@@ -376,8 +390,10 @@ def check(config: ConfigDict) -> None:
     if 0 < config.diffusion.rows < config.k:
         problem = f"{config.diffusion.rows} for sets of {config.k}"
         raise InputError("diffusion.rows", problem, f"use {config.k} or more, or 0")
-    if config.evaluation.spare < 0:
-        raise InputError("evaluation.spare", f"{config.evaluation.spare} rows", "use 0 or more")
+    spare = config.evaluation.spare
+    if len(spare) != 2 or min(spare) < 0:
+        fix = "write two counts from 0: for open-ended and for weakly supervised data"
+        raise InputError("evaluation.spare", f"{spare} rows", fix)
     if not 0 <= config.evaluation.grounded < math.inf:
         raise InputError("evaluation.grounded", f"{config.evaluation.grounded}", "use 0 or more")
     few_calls(config.evaluation.few)
@@ -387,6 +403,19 @@ def check(config: ConfigDict) -> None:
     if config.evaluation.part not in PARTS:
         problem = f"{config.evaluation.part!r} is asked of no method"
         raise InputError("evaluation.part", problem, f"use {' or '.join(PARTS)}")
+
+
+def check_fits(config: ConfigDict, data: FanoutData) -> None:
+    """Raises InputError for a configuration that asks more than the data hold."""
+    contents, train = len(data.contents), len(data.rows("train"))
+    asked = {"k": (config.k, contents, "contents"), "rl.count": (config.rl.count, train, "training queries")}
+    if data.references is not None:
+        for name in ("reward", "evaluation"):
+            asked[f"{name}.depth"] = (config[name].depth, contents, "contents")
+    for name, (count, most, what) in asked.items():
+        if not 1 <= count <= most:
+            fix = f"pass --config.{name}=N, 1 to {most}, or give more"
+            raise InputError(name, f"{count} of {most} {what}", fix)
 
 
 def open_runs(config: ConfigDict, workdir: Path) -> Iterator[FanoutRun]:
@@ -400,6 +429,7 @@ def open_runs(config: ConfigDict, workdir: Path) -> Iterator[FanoutRun]:
         f"{jax.device_count()} {jax.default_backend()} device(s)",
         flush=True,
     )
+    check_fits(config, data)
     for seed in config.seeds:
         yield FanoutRun(config, data, encoder, workdir / f"seed_{seed}", seed)
 

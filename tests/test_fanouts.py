@@ -1,5 +1,6 @@
 """R4T's lines: scores worked out by hand, the report's figures, and a whole small run on the real model."""
 
+import itertools
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import pytest
 from experiments import fanout_report, fanout_rows, fanouts, r4t
 from experiments.configs import r4t as configs
 from experiments.workdir import read_rows, same_run
+from genret.catalogue import words
 from genret.catalogue.fanout import SPLITS, FanoutData
 from genret.diffusion import edm
 from genret.diffusion.retriever import Retriever
@@ -26,7 +28,7 @@ from genret.r4t.rewards import COMPONENTS, Rewards
 from genret.retrieval.index import ExactIndex
 from genret.types import InputError
 from tests import quick
-from tests.commands import ENVIRONMENT
+from tests.commands import ENVIRONMENT, tiny_r4t, together, write_warm_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -285,6 +287,38 @@ def test_a_set_is_chosen_by_its_contents_where_only_they_count(references):
             assert made.first(1).found.shape == (1, 2, 1)
 
 
+def test_two_answers_of_a_language_model_may_be_chosen_among_alike(monkeypatch):
+    """Of east twice and north with nothing: east and north, whatever is malformed; open-ended data alone."""
+    run = small_run()
+    vectors = dict(zip(run.data.contents, run.data.embeddings, strict=True))
+    encode = lambda texts: np.stack([vectors[text] for text in texts])  # noqa: E731
+    run.rewards = lambda: Rewards(run.data, run.index, encode, k=2)
+    run.policy, run.trained = None, lambda folder: None
+    said = [["east", "east"], ["north"], None, ["south"], None, None]
+    monkeypatch.setattr(fanouts, "sample_fanouts", lambda policy, base, asked, *_, **__: said[: len(asked)])
+    line = next(m for m in fanouts.all_methods(run) if m.name == fanouts.OF_TWO)
+    made = line.run(np.arange(3), 0)
+    assert made.found[..., 0].tolist() == [[1, 0], [3, -1], [-1, -1]]  # north is nearest to the query
+    np.testing.assert_array_equal(made.vectors[0], run.data.embeddings[[1, 0]])
+    assert not made.vectors[2].any()
+    told = small_run([np.array([0, 2])] * 3)
+    told.trained, told.model = lambda folder: None, lambda folder: None
+    assert fanouts.OF_TWO not in [m.name for m in fanouts.all_methods(told)]
+
+
+def test_chance_and_the_query_alone_find_as_many_contents_as_ten_rows_or_all_there_are():
+    run = small_run([np.array([0, 2])] * 3)
+    for depth, found in ((1, 2), (2, 4), (3, 4)):  # two rows, four contents
+        run.config.evaluation.depth = depth
+        for line in itertools.islice(fanouts.all_methods(run), 2):
+            made = line.run(np.arange(3), 0)
+            ids = made.found.reshape(3, -1)
+            assert made.vectors.shape == (3, 2, 2) and ids.shape[1] == 2 * depth
+            assert all(len(set(row[row >= 0])) == found == (row >= 0).sum() for row in ids)
+            scored = fanouts.score(run, np.arange(3), made)["recall"]
+            assert depth == 1 or (scored == 1).all()
+
+
 def test_wrong_arguments_are_named(tmp_path):
     long = "data=" + 5_000 * "9"  # longer than a path may be
     for argument, field in (
@@ -332,7 +366,12 @@ def test_what_no_run_can_do_is_said_before_anything_is_opened(tmp_path, monkeypa
         config.evaluation.part = part
         with pytest.raises(InputError, match=said):
             next(r4t.open_runs(config, tmp_path))
-    wrong = [("diffusion", "rows", 2), ("evaluation", "spare", -1), ("evaluation", "levels", (3.0, 1.0))]
+    wrong = [
+        ("diffusion", "rows", 2),
+        ("evaluation", "spare", (-1, 4)),
+        ("evaluation", "spare", (4,)),
+        ("evaluation", "levels", (3.0, 1.0)),
+    ]
     wrong += [("evaluation", "grounded", value) for value in (-1.0, math.nan)]
     wrong += [("evaluation", "few", (few,)) for few in ("heun", "heun 0", "sde 8", "heun -1")]
     for section, name, value in wrong:
@@ -361,6 +400,43 @@ def test_every_leaf_is_read():
         if section not in fits:  # these go whole to what knows their names
             names = [n for n in section if n != "command"]  # that is read by `same_run`
             assert not [n for n in names if not re.search(rf"[.\[]\"?{n}\b", source) and n not in COMPONENTS]
+
+
+def test_a_configuration_that_asks_more_than_the_data_hold_names_its_option():
+    data = data_of([np.array([0, 2])] * 3)
+    for changes, said in (
+        ({"k": 5}, "^k: 5 of 4 contents. pass --config.k=N, 1 to 4"),
+        ({"rl": {"count": 2}}, "^rl.count: 2 of 1 training queries"),
+        ({"reward": {"depth": 100}}, "^reward.depth: 100 of 4 contents"),
+        ({"evaluation": {"depth": 0}}, "^evaluation.depth: 0 of 4 contents"),
+    ):
+        config = configs.get_config("size=test")
+        config.update({"rl": {"count": 1}, "reward": {"depth": 4}, "evaluation": {"depth": 4}})
+        r4t.check_fits(config, data)
+        config.update(changes)
+        with pytest.raises(InputError, match=said):
+            r4t.check_fits(config, data)
+
+
+@pytest.mark.long
+def test_a_small_folder_of_ones_own_goes_through_all_steps(tmp_path):
+    """Ninety contents, with reference sets: fewer than ten rows at the depth of recall would find."""
+    (folder := tmp_path / "shop").mkdir()
+    texts = words.themed(size=300, count=150, seed=0)
+    (folder / "contents.txt").write_text("\n".join(texts.contents[:90]))
+    lines = [
+        {"query": q, "references": list(texts.contents[i : i + 5])} for i, q in enumerate(texts.queries[:60])
+    ]
+    (folder / "queries.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    config, *flags = tiny_r4t(tmp_path)
+    asked = [f"{config},data={folder}", *flags, f"--workdir={tmp_path / 'run'}"]
+    write_warm_pairs(tmp_path / "run")
+    asked += ["--config.reward.depth=20", "--config.evaluation.depth=40", "--config.evaluation.latency=()"]
+    for name in ("run", "evaluate"):
+        together(["-m", f"experiments.{name}", *asked], count=1)
+    rows = {row["method"]: row for row in read_rows(tmp_path / "run" / "results.jsonl")}
+    assert rows["no fan-out"]["recall"] == rows["random pool"]["recall"] == 1  # 3 x 40 of 90 contents
+    assert 0 < rows["R4T-Diffusion"]["recall"] <= 1 and len(rows) > 12
 
 
 @pytest.mark.smollm2

@@ -31,7 +31,7 @@ SIZES = {
     "test": dict(
         fanout=dict(contents=2_000, queries=150),
         k=3,
-        language=dict(lora_layers=2, max_new=24, batch=8),
+        language=dict(lora_layers=2, max_new=24, max_untuned=24, batch=8),
         warm=dict(queries=8, batch=4, fit=fit_options(8, 2e-3, **WARM)),
         rl=dict(count=2, group=4, fit=fit_options(2, 3e-4, **RL)),  # eight answers at once, as all else
         synthesis=dict(queries=8, shard=8),
@@ -43,7 +43,7 @@ SIZES = {
             repeated=0,
             steps=4,
             few=("heun 2", "exponential 4"),
-            spare=1,
+            spare=(1, 1),
             latency=(8,),
             repeats=2,
         ),
@@ -56,6 +56,7 @@ SIZES = {
     ),
     "paper": dict(
         language=dict(reason=True, max_new=512, dtype="bfloat16", batch=1024),
+        reward=dict(depth=500, context=0.0),
         warm=dict(queries=10_000, fit=fit_options(200, 1e-3, **WARM)),
         rl=dict(count=64, fit=fit_options(1_000, 3e-4, **RL | {"save_every": 50})),
         synthesis=dict(queries=0, fanouts=128, keep_top=1.0),
@@ -64,11 +65,13 @@ SIZES = {
             block="paper",
             rows=12,
             dims=0,
+            noise="log_uniform",
+            dtype="bfloat16",
             batch=512,
             fit=fit_options(1_000_000, 3e-4, warmup=20_000, weight_decay=0.0, ema_decay=0.9999),
         ),
         regressor=fit_options(10_000, 1e-3),
-        evaluation=dict(queries=0, runs=5, repeated=0, latency=(1, 8, 64, 1024)),
+        evaluation=dict(queries=0, runs=5, repeated=0, depth=500, latency=(1, 8, 64, 1024)),
     ),
 }
 
@@ -83,7 +86,6 @@ def get_config(argument: str = "") -> ConfigDict:
     given = ",".join(f"{k}={v}" for k, v in vars(arg).items() if v and k not in ("seeds", "ablations"))
 
     words = arg.data == "words"
-    open_ended = words or arg.regime == "oar"
     c = ConfigDict()
     c.seeds = seeds(arg.seeds)  # one whole run each
     c.ablations = tuple(filter(None, arg.ablations.split("+")))  # rewards, or nothing
@@ -105,6 +107,7 @@ def get_config(argument: str = "") -> ConfigDict:
         lora_alpha=32.0,  # scale of the factors is alpha / rank
         reason=False,  # zero-shot: the paper's prompt, <think> first, instead of a list on one line
         max_new=64 if words else 160,  # tokens of an answer; ten words have 40 to 55
+        max_untuned=160,  # the same of a model that is not tuned, and writes phrases; at least max_new
         temperature=0.9,  # of sampling, in training and synthesis (papers' B.4)
         remat=False,  # recompute layers in the backward pass
         dtype="float32",  # of the matmuls
@@ -147,6 +150,7 @@ def get_config(argument: str = "") -> ConfigDict:
     c.diffusion = dict(
         size="demo",  # see r4t/stages.py
         block="adaln",  # paper: positions, no adaLN
+        dtype="float32",  # of the matmuls
         rows=0,  # L; 0 = k, more are padding in training (the paper: 12, of which it emits 10)
         centred=False,  # True: the diffusion runs on the residual to the query
         dims=64,  # principal directions of the rows it runs in; 0 = all
@@ -167,7 +171,7 @@ def get_config(argument: str = "") -> ConfigDict:
         steps=256,  # of the faithful sampler, Euler-Maruyama
         few=("exponential 8", "exponential 16", "heun 5"),  # few-call lines; the last is exported
         levels=(0.05 if words else 0.1, 10.0),  # least and largest noise level of theirs
-        spare=10 if open_ended else 4,  # rows drawn beyond L (block=adaln), of all of which k stay
+        spare=(10, 4),  # rows drawn beyond L (block=adaln), k of all stay: open-ended, weakly supervised
         grounded=1.0,  # open-ended: weight of a row's cosine with its content beside the query's with it
         guidance=0.1,  # w of the faithful sampler (B.6)
         pool=100,  # neighbours that re-ranking and clustering choose among

@@ -61,6 +61,29 @@ def kept(queries: Array, rows: Array, k: int) -> Array:
     return jnp.take_along_axis(rows, picks[..., None], axis=1)
 
 
+def grounded(
+    rows: np.ndarray, queries: np.ndarray, k: int, index: Index, contents: np.ndarray, *, weight: float,
+    block: int = 1024,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Rows f32[Q, L, D] -> sets f32[Q, k, D] and the contents i32[Q, k] that they land on: k of the L rows,
+    those whose contents are `chosen`; the bonus of one is `weight` times its cosine with its content.
+
+    queries: unit-norm f32[Q, D]. index: of contents, unit-norm f32[N, D]. block: most queries at once. A row
+    of zeros is none: it is chosen last, and lands on -1. Raises InputError for k > L.
+    """
+    if not 1 <= k <= rows.shape[1]:
+        raise InputError("k", f"{k} of the {rows.shape[1]} rows drawn", f"use 1 to {rows.shape[1]}")
+    ids, near = (x.reshape(rows.shape[:2]) for x in index.search(rows.reshape(-1, rows.shape[-1]), 1))
+    real = rows.any(-1)
+    bonus = np.where(real, np.float32(weight) * near, np.float32(-1e6))
+    blocks = np.array_split(np.arange(len(rows)), max(1, -(-len(rows) // block)))
+    picks = [chosen(queries[at], np.float32(contents[ids[at]]), bonus[at], k) for at in blocks]
+    # Each process has its own index, and searches on with what is chosen.
+    picks = np.array(processes.agreed("sets", np.concatenate(picks).tolist()))
+    ids = np.where(real, ids, -1)
+    return np.take_along_axis(rows, picks[..., None], 1), np.take_along_axis(ids, picks, 1)
+
+
 @dataclass(frozen=True)
 class SetRetriever:
     """A trained set model. rows: L, drawn at a time; without row positions it may differ from the L trained
@@ -111,19 +134,8 @@ class SetRetriever:
     def grounded(
         self, queries: np.ndarray, k: int, index: Index, contents: np.ndarray, *, weight: float, **how: Any
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Unit-norm queries f32[Q, D] -> sets f32[Q, k, D] and the contents i32[Q, k] that they land on.
-
-        Of the L rows drawn those whose contents are `chosen`; the bonus of one is `weight` times the cosine
-        of the row with its content. index: of contents, unit-norm f32[N, D]. how: as `sets` takes it.
-        Raises InputError for k > L.
+        """Unit-norm queries f32[Q, D] -> sets f32[Q, k, D] and the contents i32[Q, k] that they land on: k of
+        the L rows drawn, by the function of this name. how: as `sets` takes it. Raises InputError for k > L.
         """
-        if not 1 <= k <= self.rows:
-            raise InputError("k", f"{k} of the {self.rows} rows drawn", f"use 1 to {self.rows}")
         rows = self.sets(queries, **how)
-        ids, near = (x.reshape(rows.shape[:2]) for x in index.search(rows.reshape(-1, rows.shape[-1]), 1))
-        bonus = np.float32(weight) * near
-        blocks = np.array_split(np.arange(len(rows)), max(1, -(-len(rows) // self.block)))
-        picks = [chosen(queries[at], np.float32(contents[ids[at]]), bonus[at], k) for at in blocks]
-        # Each process has its own index, and searches on with what is chosen.
-        picks = np.array(processes.agreed("sets", np.concatenate(picks).tolist()))
-        return np.take_along_axis(rows, picks[..., None], 1), np.take_along_axis(ids, picks, 1)
+        return grounded(rows, queries, k, index, contents, weight=weight, block=self.block)
