@@ -148,7 +148,7 @@ def agreed(name: str, value: T) -> T:
 
 
 def same(name: str, value: str) -> None:
-    """Raises InputError where `value` is another than that of process 0, and in nobody but who differs."""
+    """Raises InputError in a process whose `value` is not that of process 0."""
     if (first := agreed(name, value)) != value:
         problem = f"is {value} here and {first} in process 0"
         raise InputError(name, problem, "start the same in all processes")
