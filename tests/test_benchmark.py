@@ -154,7 +154,7 @@ def test_sizes_and_repeats_are_refused_before_anything_runs():
 
 def test_missing_peers_are_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "faiss" else object())
-    with pytest.raises(InputError, match="faiss.*genret\\[bench\\]"):
+    with pytest.raises(InputError, match="faiss.*genret\\[peer\\]"):
         benchmark.chosen("", True)
 
 

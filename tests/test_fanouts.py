@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import fanout_report, fanout_rows, fanouts, r4t
+from experiments import fanout_report, fanout_rows, fanouts, r4t, r4t_checks
 from experiments.configs import r4t as configs
 from experiments.workdir import read_rows, same_run
 from genret.catalogue import words
@@ -412,10 +412,10 @@ def test_a_configuration_that_asks_more_than_the_data_hold_names_its_option():
     ):
         config = configs.get_config("size=test")
         config.update({"rl": {"count": 1}, "reward": {"depth": 4}, "evaluation": {"depth": 4}})
-        r4t.check_fits(config, data)
+        r4t_checks.check_fits(config, data)
         config.update(changes)
         with pytest.raises(InputError, match=said):
-            r4t.check_fits(config, data)
+            r4t_checks.check_fits(config, data)
 
 
 @pytest.mark.long

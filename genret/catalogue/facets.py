@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from genret.catalogue import kaggle
-from genret.catalogue.fanout import FanoutTexts, deduplicated, draw_split
+from genret.catalogue.fanout import FanoutTexts, draw_split
+from genret.catalogue.texts import deduplicated
 from genret.types import InputError
 
 COLUMNS = ("gender", "usage", "season", "baseColour", "productDisplayName")

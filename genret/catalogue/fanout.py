@@ -9,22 +9,21 @@ weak reference set per query. A dataset's module reads or writes texts; `embed` 
 from __future__ import annotations
 
 import hashlib
-import html
 import io
 import json
 import math
 import os
-import re
 import tokenize
 import uuid
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from genret.catalogue.texts import folded
 from genret.types import InputError
 
 # Called as encode(texts, max_tokens=n) -> f32[len(texts), E], as TextEncoder.encode.
@@ -35,7 +34,6 @@ SPLITS = ("train", "validation", "test")
 _FORMAT = 1  # of the file
 _HEADER = 1 << 14  # bytes; that of an array is shorter
 _MIN_COSINE, _CHECKED_ROWS = 0.999, 8
-_TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
 
 
 @dataclass(frozen=True, eq=False)
@@ -281,47 +279,6 @@ def draw_split(groups: Sequence[Any], *, seed: int) -> np.ndarray:
         problem = f"{len(groups)} queries in {len(distinct)} groups do not fill {', '.join(SPLITS)}"
         raise InputError("queries", problem, "Use more groups, or smaller ones.")
     return part[number]
-
-
-def folded(text: str) -> str:
-    """`text` as the encoder reads it, which knows neither case nor spacing."""
-    return " ".join(text.casefold().split())
-
-
-def deduplicated(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(i32[d] row where each distinct text appears first, i32[n] number of each text among the distinct).
-
-    Texts that differ in case or white space alone are one: the encoder reads them alike.
-    """
-    keys = [folded(text) for text in texts]
-    number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-    numbers = np.array([number[key] for key in keys], np.int32)
-    return np.unique(numbers, return_index=True)[1].astype(np.int32), numbers
-
-
-def json_lines(path: Path, what: str, form: str, fix: str) -> Iterator[tuple[str, Any]]:
-    """(where it stands, the value) of each line of a JSONL file. Raises InputError for a missing file, what
-    is not UTF-8, and a line that is no JSON; empty ones are passed over. what: a line is, in words; form: how
-    to write one; fix: of the file."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError as error:
-        raise InputError(str(path), "no such file", fix) from error
-    except (OSError, ValueError) as error:
-        raise InputError(str(path), f"not UTF-8 ({error})", fix) from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"line {number} of {path.name}"
-        try:
-            yield where, json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(where, f"not {what} ({error!r})", form) from error
-
-
-def plain(text: str) -> str:
-    """`text` without HTML tags and entities, white space single."""
-    return " ".join(_TAG.sub("", html.unescape(text)).split())
 
 
 def _check_texts(data: FanoutTexts | FanoutData) -> None:

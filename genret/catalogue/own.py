@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from genret.catalogue.fanout import SPLITS, FanoutTexts, deduplicated, draw_split, folded, json_lines
+from genret.catalogue.fanout import SPLITS, FanoutTexts, draw_split
+from genret.catalogue.texts import deduplicated, folded, json_lines
 from genret.types import InputError
 
 FIX = "Pass the folder of contents.txt and queries.jsonl."

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from genret.catalogue.fanout import FanoutTexts, deduplicated, draw_split, folded, json_lines, plain
+from genret.catalogue.fanout import FanoutTexts, draw_split
+from genret.catalogue.texts import deduplicated, folded, json_lines, plain
 from genret.types import InputError
 
 # Charts follow no theme: "Top 50 - Iceland". Personal lists are made for or by one listener.

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from genret.catalogue.fanout import FanoutTexts, deduplicated, plain
+from genret.catalogue.fanout import FanoutTexts
+from genret.catalogue.texts import deduplicated, plain
 from genret.types import InputError
 
 FILES = ("train_no_dup.json", "valid_no_dup.json", "test_no_dup.json")  # in the order of SPLITS

@@ -26,7 +26,7 @@ CONNECT = 20.0  # seconds in which a process must reach process 0
 # Of one that has said its own error: seconds in which the others say theirs, if they meet one.
 GRACE = 5.0
 # Process 0 goes last, as JAX's service goes with it and aborts who is still there: seconds it waits for them.
-LAST = 10.0
+LAST = 20.0
 # Probes of a silent connection: the first after, then every, and how many; together less than HEARTBEAT.
 _KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 4, "TCP_KEEPCNT": 3}
 

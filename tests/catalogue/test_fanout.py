@@ -15,16 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genret.catalogue import fanout
-from genret.catalogue.fanout import (
-    FanoutData,
-    FanoutTexts,
-    agreeing,
-    deduplicated,
-    draw_split,
-    embed,
-    load,
-    plain,
-)
+from genret.catalogue.fanout import FanoutData, FanoutTexts, agreeing, draw_split, embed, load
+from genret.catalogue.texts import deduplicated, plain
 from genret.types import InputError
 
 

@@ -50,11 +50,11 @@ def test_one_that_fails_is_named_by_those_who_wait_for_it(tmp_path, wrong):
 from genret.types import InputError
 if index == {wrong}:
     raise InputError("field", "is wrong", "mend it")
-sum(range(5 * 10**7)) if index == 1 else processes.barrier("never")  # one has no time to hear of it
+sum(range(2 * 10**7)) if index == 1 else processes.barrier("never")  # one has no time to hear of it
 time.sleep(60)
 """
     started = begin(command(body, tmp_path), count=3)
-    said = gone(started, 30)
+    said = gone(started, 60)
     assert [process.returncode for process in started] == [1, 1, 1], said
     assert said.pop(wrong) == ["error: field: is wrong. mend it"]
     line = f"error: --multihost: another process is gone (process {wrong} of 3: ended by an error of its own)"
@@ -65,7 +65,7 @@ def test_processes_that_run_two_commands_end(tmp_path):
     """A pod that is made again starts with `run`, while the others have gone on to `evaluate`."""
     flags = [f"--workdir={tmp_path}", "--config=experiments/configs/modit.py:size=test"]
     started = begin(None, each=[["-m", f"experiments.{name}", *flags] for name in ("run", "evaluate")])
-    zero, one = (lines[-1] for lines in gone(started, 30))
+    zero, one = (lines[-1] for lines in gone(started, 60))
     assert one.startswith("error: command: is evaluate here and run in process 0. start the same")
     assert "is gone (process 1 of 2: ended by an error of its own)" in zero
 
