@@ -41,26 +41,28 @@ class Watch:
     def __init__(self) -> None:
         self._own, self._count = jax.process_index(), jax.process_count()
         self._peers: dict[socket.socket, int] = {}
-        self._server: socket.socket | None = None
+        self._first = processes.is_writer()
         self._over = False
         self._speaking = threading.Lock()
         self._token = secrets.token_hex(8)
 
     def begin(self) -> None:
         """Connects, and watches in a thread of its own. Raises BarrierError where the others do not come."""
-        port = 0
-        if processes.is_writer():
-            self._server = _listen(self._count)
-            port = self._server.getsockname()[1]
+        server = _listen(self._count) if self._first else None
+        port = server.getsockname()[1] if server is not None else 0
         self._token, port = processes.agreed("watch", (self._token, port))
-        if self._server is None:
+        if server is None:
             try:
                 peer = socket.create_connection((processes.coordinator(), port), CONNECT)
                 peer.sendall(f"{self._token} {self._own:>9}".encode())
+                self._add(peer, 0)
             except OSError as error:
                 print(f"cannot reach process 0's watch ({error}): JAX's heartbeats are left", file=sys.stderr)
-                return
-            self._add(peer, 0)
+        processes.barrier("watch, connected")
+        if server is not None:
+            with server, contextlib.suppress(TimeoutError):  # who could not connect
+                while len(self._peers) < self._count - 1:
+                    self._meet(server.accept()[0])
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     def ended(self) -> None:
@@ -73,10 +75,10 @@ class Watch:
 
         An orderly exit would wait for the others, who may wait for this one.
         """
-        if lost and self._server is not None:
+        if lost and self._first:
             time.sleep(1.0)  # the watch may know which, and speak first
         self._over = True
-        self._end(said, "ended" if lost and self._server is None else "failed", self._own)
+        self._end(said, "ended" if lost and not self._first else "failed", self._own)
 
     def _end(self, said: str, how: str, index: int) -> NoReturn:
         self._speaking.acquire()  # for good: of two threads the first speaks alone
@@ -86,7 +88,7 @@ class Watch:
                 print(said, file=sys.stderr, flush=True)
             self._tell(how, index)
             until = time.monotonic() + LAST
-            for peer in tuple(self._peers) if self._server is not None else ():
+            for peer in tuple(self._peers) if self._first else ():
                 with contextlib.suppress(OSError):
                     peer.settimeout(max(0.01, until - time.monotonic()))
                     while peer.recv(64):
@@ -110,31 +112,21 @@ class Watch:
     def _watch(self) -> None:
         """Runs in its thread until the end."""
         waiting = selectors.DefaultSelector()
-        for known in (self._server, *self._peers):
-            if known is not None:
-                waiting.register(known, selectors.EVENT_READ)
+        for peer in self._peers:
+            waiting.register(peer, selectors.EVENT_READ)
         while not self._over:
             for key, _ in waiting.select(timeout=1.0):
-                found = key.fileobj
-                if found is self._server:
-                    with contextlib.suppress(OSError):
-                        waiting.register(self._server.accept()[0], selectors.EVENT_READ)
-                elif found in self._peers:
-                    if self._heard(found):
-                        waiting.unregister(found)
-                elif not self._is_ours(found):
-                    waiting.unregister(found)
-                    found.close()
+                if self._heard(key.fileobj):
+                    waiting.unregister(key.fileobj)
 
-    def _is_ours(self, peer: socket.socket) -> bool:
-        """Whether what has connected, and says something, is a process of this run; then it is a peer."""
+    def _meet(self, peer: socket.socket) -> None:
+        """Adds what has connected, if it is a process of this run."""
         with contextlib.suppress(OSError, ValueError):
             peer.settimeout(1.0)
             given, _, index = _read(peer, len(self._token) + 10).partition(" ")
             if given == self._token:
-                self._add(peer, int(index))
-                return True
-        return False
+                return self._add(peer, int(index))
+        peer.close()
 
     def _heard(self, peer: socket.socket) -> bool:
         """Takes in one message, or the end, of a peer; True where there is no more to come."""
@@ -146,7 +138,7 @@ class Watch:
             return True
         index = int(index or self._peers[peer])
         if how == "failed":
-            if self._server is not None:
+            if self._first:
                 self._tell(how, index)
             time.sleep(GRACE)
         met = "ended by an error of its own" if how == "failed" else "its connection ended"
