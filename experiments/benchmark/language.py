@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmark import flops as fl
-from experiments.benchmark.lines import Trainer, synthetic_noise
+from experiments.benchmark.lines import Trainer, synthetic_noise, trained
 from experiments.benchmark.measure import Work, traced_flops
 from experiments.benchmark.world import World, synthetic_vectors
 from genret.language.decoder import Decoder, DecoderConfig, empty_cache, init_lora
@@ -136,21 +136,43 @@ def _written(rng: np.random.Generator, count: int) -> list[Answer]:
     return [[" ".join(words[i] for i in one) for one in answer] for answer in pick]
 
 
-def grpo(world: World) -> Work:
-    """Rollout, reward and update of one optimiser step.
-
-    No stop token, so that every answer takes all its tokens; what is scored is as many well-formed answers of
-    ten new sub-queries, since an untrained model writes few.
-    """
-    s, made = world.scale, language(world)
-    count, group = s.rollout
-    config = made.decoder.config
+def _policy(world: World) -> LanguagePolicy:
+    """With LoRA factors, and no stop token, so that every answer takes all its tokens."""
+    made, config = language(world), language(world).decoder.config
     decoder = made.decoder.clone(
         lora_rank=RANK, lora_layers=min(LAYERS, config.num_hidden_layers), lora_alpha=ALPHA
     )
-    policy = LanguagePolicy(
-        decoder, made.encode, made.decode, prompts.SHORT, (), s.new, temperature=TEMPERATURE
+    return LanguagePolicy(
+        decoder, made.encode, made.decode, prompts.SHORT, (), world.scale.new, temperature=TEMPERATURE
     )
+
+
+def _tuned(world: World, decoder: Decoder) -> str:
+    return f"{language(world).name}, LoRA {RANK} in the top {decoder.lora_layers} layers"
+
+
+def warm_start(world: World) -> Work:
+    """A step on answers of ten sub-queries, as many as GRPO's update has."""
+    s, rng, made = world.scale, np.random.default_rng(10), language(world)
+    policy, batch = dataclasses.replace(_policy(world), max_new=10_000), s.rollout[0] * s.rollout[1]
+    pairs = [("autumn evening", answer) for answer in _written(rng, batch)]
+    stage = policies.make_warm_start_stage("warm", policy, made.params, pairs, batch=batch)
+    text = policy.written(pairs)
+    columns = text.tokens.shape[1] - text.start
+    flops = fl.lora_update(policy.decoder, batch, text.start, columns, len(policy.prefix))
+    return trained(
+        world, stage, f"{_tuned(world, policy.decoder)}, {columns} tokens", flops, fl.LORA, batch, "answers",
+        init_from=init_lora(policy.decoder, jax.random.key(0)),
+    )  # fmt: skip
+
+
+def grpo(world: World) -> Work:
+    """Rollout, reward and update of one optimiser step.
+
+    What is scored is as many well-formed answers of ten new sub-queries, since an untrained model writes few.
+    """
+    s, made, policy = world.scale, language(world), _policy(world)
+    (count, group), config, decoder = s.rollout, made.decoder.config, policy.decoder
     queries = [f"{a} {b}" for a in ("autumn", "harbour") for b in ("evening", "market", "garden", "music")]
     queries = (queries * count)[: max(count, len(queries))]
     rewards, encoder = _rewards(world, len(queries))
@@ -198,8 +220,8 @@ def grpo(world: World) -> Work:
     flops += fl.lora_update(decoder, answers, width, s.new, prefix)
     return Work(
         call,
-        f"{made.name}, {count} queries x {group} answers x {s.new} tokens, LoRA {RANK} in the top "
-        f"{decoder.lora_layers} layers; reward: {encoder}, {len(rewards.data.embeddings)} contents",
+        f"{_tuned(world, decoder)}, {count} queries x {group} answers x {s.new} tokens; "
+        f"reward: {encoder}, {len(rewards.data.embeddings)} contents",
         answers, "answers", flops, f"rollout: {fl.GENERATE}; update: {fl.LORA}", sampled + trainer.flops,
         after=split,
     )  # fmt: skip
@@ -208,5 +230,6 @@ def grpo(world: World) -> Work:
 LINES: dict[str, Callable[[World], Work]] = {
     "lm prefill": functools.partial(generated, new=1),
     "lm decode": lambda world: generated(world, world.scale.new),
+    "train warm": warm_start,
     "grpo step": grpo,
 }

@@ -77,10 +77,11 @@ class Trainer:
         return {"host_batch_s": float(np.median(drawn)), "host_place_s": float(np.median(placed))}
 
 
-def _train(
+def trained(
     world: World, stage: Stage, about: str, flops: float, formula: str, items: int, unit: str = "examples",
     init_from: PyTree | None = None,
 ) -> Work:  # fmt: skip
+    """A train step of `stage`. flops: of all `items`."""
     trainer = Trainer(stage, world.mesh, init_from)
     return Work(
         trainer, f"{about}, batch {items}, AdamW, EMA", items, unit, flops, formula, trainer.flops,
@@ -93,22 +94,39 @@ def _network(world: World) -> str:
     return f"DiT {m.width} x {m.depth}, {np.dtype(m.dtype).name}, D {world.width}"
 
 
-def train_stage(world: World, name: str) -> Work:
+def _softmax(world: World) -> tuple[int, float]:
+    """Items in the corpus of the retrieval-aware term, and its FLOPs for one query."""
+    data, width = world.fitted.data, world.width
+    corpus = min(world.scale.corpus, len(data.train))
+    return corpus, fl.softmax_term(corpus, most_positives(data.cells.members, data.has), width)
+
+
+def train_stage(world: World, name: str, retrieval: bool = False) -> Work:
     """A step of pretrain, cpt or sft."""
     batch, length = world.scale.batch, SEEDS if name == "sft" else WALK
     stage = stages.make_stage(
         name, world.retriever, world.space, world.fitted.data, batch=batch, length=length,
-        replay=0.15 if name == "cpt" else 0.0,
+        replay=0.15 if name == "cpt" else 0.0, retrieval=_term(world) if retrieval else None,
     )  # fmt: skip
     context = SEEDS if name == "sft" else WALK - 1
-    one = fl.dit(world.retriever.model, rows=1, context=context)
-    return _train(world, stage, f"{_network(world)}, S {context}, K 1", batch * one.train, fl.TRAIN, batch)
+    one = fl.dit(world.retriever.model, rows=1, context=context).train
+    about, formula = f"{_network(world)}, S {context}, K 1", fl.TRAIN
+    if retrieval:
+        corpus, softmax = _softmax(world)
+        one = 2 * one + softmax
+        about += f", softmax over {corpus}"
+        formula = f"2 x train (the loss, the one-call query) + 4 D (corpus + positives); {fl.TRAIN}"
+    return trained(world, stage, about, batch * one, formula, batch)
+
+
+def _term(world: World) -> stages.RetrievalTerm:
+    return stages.RetrievalTerm(1.0, 0.035, world.scale.corpus)
 
 
 def train_hppo(world: World, retrieval: bool) -> Work:
     """A step on preference pairs of one real round: pools, scoring and selection come before the clock."""
     s, fitted, params = world.scale, world.fitted, world.params
-    term = stages.RetrievalTerm(1.0, 0.035, s.corpus) if retrieval else None
+    term = _term(world) if retrieval else None
     # Any pair will do here: an untrained model has no winner by the real rule.
     rule = PairRule(1, "off", on_policy_share=0.0, improve=False, apart=np.pi)
     rounds = hppo.Rounds(OPTIONS.steps, s.contexts, samples=2, rule=rule)
@@ -127,12 +145,11 @@ def train_hppo(world: World, retrieval: bool) -> Work:
     formula = "2 sides x draws x (train of the model + forward of the reference)"
     about = f"{_network(world)}, S {SEEDS}, {preference.draws} draws"
     if term:
-        most = most_positives(fitted.data.cells.members, fitted.data.has)
-        softmax = fl.softmax_term(min(s.corpus, len(fitted.data.train)), most, world.width)
+        corpus, softmax = _softmax(world)
         flops += s.pairs * s.fresh * (one.train + softmax)
         formula += " + fresh x (train of the one-call query + 4 D (corpus + positives))"
-        about += f", {s.fresh} fresh contexts a pair, softmax over {min(s.corpus, len(fitted.data.train))}"
-    return _train(world, stage, about, flops, formula, s.pairs, "pairs", init_from=params)
+        about += f", {s.fresh} fresh contexts a pair, softmax over {corpus}"
+    return trained(world, stage, about, flops, formula, s.pairs, "pairs", init_from=params)
 
 
 def train_predictor(world: World) -> Work:
@@ -142,25 +159,23 @@ def train_predictor(world: World) -> Work:
     w, d = dn.DensityMLP(DOMAINS).width, world.width
     flops = batch * (2 * 2 * d * w + 3 * 2 * (w * w + w * DOMAINS))
     formula = "4DW + 6W(W + M)"
-    return _train(world, stage, f"MLP {d}-{w}-{w}-{DOMAINS}", flops, formula, batch)
+    return trained(world, stage, f"MLP {d}-{w}-{w}-{DOMAINS}", flops, formula, batch)
 
 
 def train_contrastive(world: World) -> Work:
     """A step of the discriminative rival."""
-    s, data = world.scale, world.fitted.data
-    corpus = min(s.corpus, len(data.train))
+    s, data, d = world.scale, world.fitted.data, world.width
+    corpus, softmax = _softmax(world)
     stage = contrastive.contrastive_stage(
         "contrastive", data, data.has, seeds=SEEDS, batch=s.batch, corpus=corpus, temperature=0.035
     )
-    d = world.width
-    most = most_positives(data.cells.members, data.has)
-    flops = s.batch * (4.0 * DOMAINS * d * d + fl.softmax_term(corpus, most, d))
+    flops = s.batch * (4.0 * DOMAINS * d * d + softmax)
     formula = "4 M D^2 + 4 D (corpus + positives)"
-    return _train(world, stage, f"D {d}, softmax over {corpus}", flops, formula, s.batch)
+    return trained(world, stage, f"D {d}, softmax over {corpus}", flops, formula, s.batch)
 
 
-def train_sets(world: World) -> Work:
-    """A step of R4T's set diffusion."""
+def train_sets(world: World, regression: bool = False) -> Work:
+    """A step of R4T's set diffusion, or of the regressor that it is compared with."""
     s, rng = world.scale, np.random.default_rng(5)
     x, rows = world.fitted.data.embeddings, s.rows
     count = 4 * s.batch
@@ -170,13 +185,20 @@ def train_sets(world: World) -> Work:
         (x[items].astype(np.float16),), np.ones((count, rows), bool), query,
         np.zeros(count, np.float32), items, {}, {},
     )  # fmt: skip
-    model = sets.set_dit(s.dit, embedding=world.width, rows=rows, dtype=world.retriever.model.dtype)
+    model = sets.set_dit(
+        s.dit, embedding=world.width, rows=rows, dtype=world.retriever.model.dtype,
+        positions=regression or None,
+    )  # fmt: skip
     retriever = Retriever(model, "log_normal")
     space = sets.fit_space(made, x)
-    stage = sets.make_stage("diffusion", retriever, space, made, x, batch=s.batch)
+    stage = sets.make_stage(
+        "regressor" if regression else "diffusion", retriever, space, made, x, batch=s.batch,
+        regression=regression,
+    )  # fmt: skip
     one = fl.dit(model, rows=rows)
     about = f"DiT {model.width} x {model.depth} with cross-attention, D {world.width}, K {rows}"
-    return _train(world, stage, about, s.batch * one.train, fl.TRAIN, s.batch, "sets")
+    about += ", rows matched to targets" if regression else ""
+    return trained(world, stage, about, s.batch * one.train, fl.TRAIN, s.batch, "sets")
 
 
 def sample(world: World, method: str, steps: int) -> Work:
@@ -275,11 +297,13 @@ def search_scann(world: World) -> Work:
 
 LINES: dict[str, Callable[[World], Work]] = {
     **{f"train {n}": functools.partial(train_stage, name=n) for n in ("pretrain", "cpt", "sft")},
+    "train sft retrieval": functools.partial(train_stage, name="sft", retrieval=True),
     "train hppo": functools.partial(train_hppo, retrieval=False),
     "train hppo retrieval": functools.partial(train_hppo, retrieval=True),
     "train predictor": train_predictor,
     "train contrastive": train_contrastive,
     "train sets": train_sets,
+    "train regressor": functools.partial(train_sets, regression=True),
     "sample posterior_mean": functools.partial(sample, method="posterior_mean", steps=1),
     f"sample heun {HEUN_STEPS}": functools.partial(sample, method="heun", steps=HEUN_STEPS),
     f"sample euler_maruyama {SDE_STEPS}": functools.partial(sample, method="euler_maruyama", steps=SDE_STEPS),
