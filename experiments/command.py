@@ -42,7 +42,7 @@ def launch(
     --multihost process 0 does it by itself; else all do it together, and process 0 writes and speaks.
     options: more flags of the command, each a (default, help), given to main by name. An InputError, a full
     disk and a lost process end with one line and exit status 1; what is done together ends so at SIGTERM,
-    with status 0.
+    with status 0, or `preemption.UNFINISHED` where another process alone got it.
     """
     configs = config and config_flags.DEFINE_config_file(
         "config", None, "A file of experiments/configs.", lock_config=True
@@ -71,8 +71,9 @@ def launch(
         try:
             with (_by_one if alone else _joined)(*(flag.value for flag in place)):
                 main(*given, **{n: flag.value for n, flag in more.items()})
+            preemption.over()
         except preemption.Preempted as stop:
-            preemption.forget()
+            preemption.over()
             print(stop, flush=True)
         except BrokenPipeError:  # whoever reads has enough: `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -156,7 +157,7 @@ def _joined(multihost: bool, *place: Any) -> Iterator[None]:
         yield
         return
     print(processes.start(*place), flush=True)
-    watch = Watch()
+    watch, status = Watch(), 0
     try:
         watch.begin()
         processes.same("command", Path(sys.argv[0]).stem)
@@ -167,6 +168,8 @@ def _joined(multihost: bool, *place: Any) -> Iterator[None]:
             try:
                 yield
             except preemption.Preempted as stop:  # met by all at the same step
+                status = 0 if preemption.came() else preemption.UNFINISHED
+                preemption.over()
                 print(stop, flush=True)
         processes.barrier("end")
         watch.ended()
@@ -174,3 +177,5 @@ def _joined(multihost: bool, *place: Any) -> Iterator[None]:
         said = one_line(error)
         met = processes.lost(error) is not None
         watch.fail(f"error: {said}" if said else traceback.format_exc(), lost=met)
+    if status:
+        raise SystemExit(status)

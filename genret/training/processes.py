@@ -58,10 +58,8 @@ def alone(*place: Any) -> tuple[bool, str]:
     place: as given to `start`, and the same errors. All must call it; no device is touched. (One host of a
     TPU slice cannot use its chips without the others: there, give it JAX_PLATFORMS=cpu.)
     """
-    from jax._src import distributed
-
     _join(*place)
-    index, count = distributed.global_state.process_id, distributed.global_state.num_processes
+    index, count = _known().process_id, _known().num_processes
     jax.distributed.shutdown()  # waits for all
     return index == 0, f"process {index} of {count}: process 0 does this by itself"
 
@@ -87,9 +85,7 @@ def _join(coordinator: str | None, process_id: int | None, count: int | None) ->
 
 def coordinator() -> str:
     """The host of process 0, as the others reach it."""
-    from jax._src import distributed
-
-    return distributed.global_state.coordinator_address.rpartition(":")[0].strip("[]")
+    return _known().coordinator_address.rpartition(":")[0].strip("[]")
 
 
 def several() -> bool:
@@ -173,15 +169,20 @@ def lost(error: BaseException) -> LostProcess | None:
     return LostProcess.of(said)
 
 
-@contextlib.contextmanager
-def _meeting(name: str, patience: float) -> Iterator[tuple]:
-    """(client, key, milliseconds): the one place that knows jax's coordination client, as no public barrier
-    has a time-out."""
+def _known() -> Any:
+    """What jax knows of the processes: the one place that looks there, since no public barrier has a
+    time-out and nothing public names the coordinator."""
     from jax._src import distributed
 
+    return distributed.global_state
+
+
+@contextlib.contextmanager
+def _meeting(name: str, patience: float) -> Iterator[tuple]:
+    """(client, key, milliseconds)."""
     _met[name] += 1
     try:
-        yield distributed.global_state.client, f"genret: {name} ({_met[name]})", round(1000 * patience)
+        yield _known().client, f"genret: {name} ({_met[name]})", round(1000 * patience)
     except AttributeError as error:
         raise BarrierError(f"this jax ({jax.__version__}) has no such client; genret knows 0.10's") from error
     except jax.errors.JaxRuntimeError as error:

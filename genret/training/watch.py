@@ -12,6 +12,7 @@ import contextlib
 import os
 import secrets
 import selectors
+import signal
 import socket
 import sys
 import threading
@@ -20,7 +21,7 @@ from typing import NoReturn
 
 import jax
 
-from genret.training import processes
+from genret.training import preemption, processes
 
 CONNECT = 20.0  # seconds in which a process must reach process 0
 # Of one that has said its own error: seconds in which the others say theirs, if they meet one.
@@ -35,7 +36,8 @@ class Watch:
     """This process's connections: to all others in process 0, to process 0 in the others.
 
     All must `begin` one, after `processes.start`, and leave it by `ended` or `fail`; a process that does
-    neither is gone, and the others end with status 1 and a line that names it.
+    neither is gone, and the others end with status 1 and a line that names it. A SIGTERM that no `due` meets
+    in time ends all of them here: with status 0 who got it, and with `preemption.UNFINISHED` the others.
     """
 
     def __init__(self) -> None:
@@ -43,6 +45,7 @@ class Watch:
         self._peers: dict[socket.socket, int] = {}
         self._first = processes.is_writer()
         self._over = False
+        self._missed: tuple[int, float] | None = None  # who lost another, and when that is all to say
         self._speaking = threading.Lock()
         self._token = secrets.token_hex(8)
 
@@ -63,7 +66,11 @@ class Watch:
             with server, contextlib.suppress(TimeoutError):  # who could not connect
                 while len(self._peers) < self._count - 1:
                     self._meet(server.accept()[0])
-        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+        # Python's handlers wait for the main thread, which may be in a barrier for a day; these bytes do not.
+        signals, written = socket.socketpair()
+        written.setblocking(False)
+        signal.set_wakeup_fd(written.detach(), warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(signals,), name="watch", daemon=True).start()
 
     def ended(self) -> None:
         """This process is about to end, as all do."""
@@ -78,14 +85,19 @@ class Watch:
         if lost and self._first:
             time.sleep(1.0)  # the watch may know which, and speak first
         self._over = True
-        self._end(said, "ended" if lost and not self._first else "failed", self._own)
+        self._end(said, "missed" if lost else "failed", self._own)
 
-    def _end(self, said: str, how: str, index: int) -> NoReturn:
+    def _stop(self, index: int) -> NoReturn:
+        """SIGTERM came to process `index`."""
+        status = 0 if preemption.came() else preemption.UNFINISHED
+        self._end(str(preemption.Preempted()), "stopped", index, status)
+
+    def _end(self, said: str, how: str, index: int, status: int = 1) -> NoReturn:
         self._speaking.acquire()  # for good: of two threads the first speaks alone
         try:
             with contextlib.suppress(OSError, ValueError):  # nobody reads it
                 sys.stdout.flush()
-                print(said, file=sys.stderr, flush=True)
+                print(said, file=sys.stderr if status == 1 else sys.stdout, flush=True)
             self._tell(how, index)
             until = time.monotonic() + LAST
             for peer in tuple(self._peers) if self._first else ():
@@ -94,7 +106,7 @@ class Watch:
                     while peer.recv(64):
                         pass
         finally:
-            os._exit(1)
+            os._exit(status)
 
     def _add(self, peer: socket.socket, index: int) -> None:
         peer.settimeout(None)
@@ -109,15 +121,22 @@ class Watch:
             with contextlib.suppress(OSError):  # gone too
                 peer.sendall(_message(how, index))
 
-    def _watch(self) -> None:
-        """Runs in its thread until the end."""
+    def _watch(self, signals: socket.socket) -> None:
+        """Runs in its thread until the end. signals: gives the number of each, a byte."""
         waiting = selectors.DefaultSelector()
-        for peer in self._peers:
-            waiting.register(peer, selectors.EVENT_READ)
+        for one in (signals, *self._peers):
+            waiting.register(one, selectors.EVENT_READ)
         while not self._over:
             for key, _ in waiting.select(timeout=1.0):
-                if self._heard(key.fileobj):
+                if key.fileobj is signals:
+                    if signal.SIGTERM in signals.recv(64):
+                        preemption.note()
+                elif self._heard(key.fileobj):
                     waiting.unregister(key.fileobj)
+            if preemption.overdue() and not self._over:
+                self._stop(self._own)
+            if self._missed is not None and time.monotonic() > self._missed[1]:
+                self._lost("missed", self._missed[0])
 
     def _meet(self, peer: socket.socket) -> None:
         """Adds what has connected, if it is a process of this run."""
@@ -137,15 +156,26 @@ class Watch:
         if how == "ended" or self._over:
             return True
         index = int(index or self._peers[peer])
+        if how == "stopped":
+            self._stop(index)
+        if how == "missed" and self._first:  # its own connection will soon say which
+            self._missed = self._missed or (index, time.monotonic() + GRACE)
+            return True
         if how == "failed":
             if self._first:
                 self._tell(how, index)
             time.sleep(GRACE)
-        met = "ended by an error of its own" if how == "failed" else "its connection ended"
-        if not self._over:
-            said = processes.LostProcess.of(f"process {index} of {self._count}: {met}")
-            self._end(f"error: {said}", how or "lost", index)
+        self._lost(how or "lost", index)
         return True
+
+    def _lost(self, how: str, index: int) -> None:
+        """Ends this process for want of process `index`."""
+        met = {"failed": "ended by an error of its own", "missed": "it could not reach another"}
+        if not self._over:
+            said = processes.LostProcess.of(
+                f"process {index} of {self._count}: {met.get(how, 'its connection ended')}"
+            )
+            self._end(f"error: {said}", how, index)
 
 
 def _listen(count: int) -> socket.socket:
@@ -160,7 +190,7 @@ def _listen(count: int) -> socket.socket:
 
 
 def _message(how: str, index: int) -> bytes:
-    return f"{how:<6} {index:>9}".encode()  # of one length
+    return f"{how:<7} {index:>9}".encode()  # of one length
 
 
 def _read(peer: socket.socket, size: int) -> str:

@@ -5,8 +5,14 @@ import random
 import re
 import signal
 import subprocess
+import time
 
+import jax
 import pytest
+
+from genret.training import preemption
+from tests.commands import begin, parameters, together
+from tests.faults.conftest import modit
 
 pytestmark = pytest.mark.faults
 
@@ -33,6 +39,43 @@ def test_sigterm_at_random_moments_ends_well_and_changes_nothing(pipeline, undis
     said = one.said("run") + one.said("evaluate")
     saved = re.findall(r"(\w+): SIGTERM, saved at step (\d+)", said)
     print(f"{said.count('SIGTERM: what is finished is saved')} times SIGTERM; within training: {saved}")
+
+
+def test_sigterm_to_either_of_two_processes_ends_both_and_changes_nothing(tmp_path):
+    """Ten times within a minute, over run and evaluate; at last the bits of one process of two devices."""
+    one, two, rng = tmp_path / "one", tmp_path / "two", random.Random(2)
+    _, config = modit(tmp_path, None)
+    asked = {
+        (folder, name): ["-m", f"experiments.{name}", *config, f"--workdir={folder}"]
+        for folder in (one, two)
+        for name in ("run", "evaluate")
+    }
+    seconds = {}
+    for name in ("run", "evaluate"):
+        began = time.monotonic()
+        together(asked[one, name], count=1, devices=2)
+        seconds[name] = time.monotonic() - began
+    ended = []
+    for name, times in (("run", 7), ("evaluate", 3)):
+        for _ in range(times):
+            started = begin(asked[two, name])
+            assert all(process.stdout.readline().startswith("process") for process in started)
+            time.sleep(rng.uniform(0, seconds[name]))
+            told = rng.randrange(2)
+            started[told].send_signal(signal.SIGTERM)
+            said = [process.communicate(timeout=60) for process in started]
+            status = [process.returncode for process in started]
+            assert status[told] == 0 and status[1 - told] in (0, preemption.UNFINISHED), (status, said)
+            assert "Traceback" not in said[0][1] + said[1][1], said
+            ended.append(status[1 - told])
+            print(name, status, said[0][0].splitlines()[-2:], flush=True)
+        together(asked[two, name])
+    assert ended.count(preemption.UNFINISHED) > 5
+    rows = [(folder / "results.jsonl").read_text() for folder in (one, two)]
+    assert rows[0] == rows[1]
+    for stage in ("pretrain", "cpt", "sft", "hppo"):
+        a, b = (jax.tree.leaves(parameters(folder / "seed_0" / stage)) for folder in (one, two))
+        assert [x.tobytes() for x in a] == [x.tobytes() for x in b], stage
 
 
 def test_a_second_run_or_evaluation_is_refused_and_disturbs_nothing(pipeline, undisturbed):

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from genret.training import preemption
 from genret.training.watch import Watch
 from tests.commands import begin, command
 
@@ -22,12 +23,17 @@ def gone(started, patience=15):
     return [[line for line in text.splitlines() if not line.startswith(noise)] for text in said]
 
 
+def all_at(folder, started):
+    """Returns when all are."""
+    while not all((folder / f"at_{i}").exists() for i in range(len(started))):
+        assert all(process.poll() is None for process in started), started[0].communicate()
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize("dead", [2, 0])
 def test_one_that_dies_outside_a_collective_ends_the_others_with_its_number(tmp_path, dead):
     started = begin(command(ASLEEP, tmp_path), count=3)
-    while not all((tmp_path / f"at_{i}").exists() for i in range(3)):
-        assert all(process.poll() is None for process in started), started[0].communicate()
-        time.sleep(0.05)
+    all_at(tmp_path, started)
     started[dead].kill()
     said = gone(started)
     codes = [process.returncode for process in started]
@@ -39,6 +45,39 @@ def test_one_that_dies_outside_a_collective_ends_the_others_with_its_number(tmp_
         else:  # JAX's service died with process 0, and JAX can see that first
             assert codes[i] == -signal.SIGABRT, said
     assert codes[dead] == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("asked", [[2], [0, 1, 2]])
+def test_sigterm_ends_all_where_none_of_them_asks_for_it(tmp_path, asked):
+    """One computes by itself, as process 0 does that builds a catalogue, and two wait in a barrier for it: a
+    call that no signal handler of Python interrupts. Who was not told to end has another status."""
+    body = ASLEEP.replace("time.sleep(60)", "time.sleep(60) if index == 0 else processes.barrier('never')")
+    started = begin(command(body, tmp_path), count=3)
+    all_at(tmp_path, started)
+    for i in asked:
+        started[i].send_signal(signal.SIGTERM)
+    out, said = zip(*(process.communicate(timeout=20) for process in started), strict=True)
+    wanted = [0 if i in asked else preemption.UNFINISHED for i in range(3)]
+    assert [process.returncode for process in started] == wanted, said
+    line = "SIGTERM: what is finished is saved, and the same command continues"
+    assert [each.count(line) for each in out] == [1, 0, 0] and "error" not in "".join(said), (out, said)
+
+
+def test_sigterm_waits_for_what_has_to_be_finished(tmp_path):
+    """Process 1 saves for longer than the watch would wait, and then all agree to end."""
+    body = """
+from genret.training import preemption
+with preemption.patience():
+    (workdir / f"at_{index}").write_text("here")
+    time.sleep(2 * preemption.SOON if index else 1)
+    (workdir / f"saved_{index}").write_text("whole")
+"""
+    started = begin(command(body, tmp_path), count=2)
+    all_at(tmp_path, started)
+    started[1].send_signal(signal.SIGTERM)
+    said = [process.communicate(timeout=30) for process in started]
+    assert [process.returncode for process in started] == [preemption.UNFINISHED, 0], said
+    assert all((tmp_path / f"saved_{i}").exists() for i in (0, 1))
 
 
 @pytest.mark.parametrize("wrong", [0, 2])
@@ -56,6 +95,21 @@ time.sleep(60)
     assert [process.returncode for process in started] == [1, 1, 1], said
     assert said.pop(wrong) == ["error: field: is wrong. mend it"]
     line = f"error: --multihost: another process is gone (process {wrong} of 3: ended by an error of its own)"
+    assert all(len(lines) == 1 and lines[0].startswith(line) for lines in said), said
+
+
+def test_one_that_cannot_reach_another_ends_those_who_had_not_noticed(tmp_path):
+    """All are alive, and one says that a collective has lost its peer: nobody waits for it for ever."""
+    body = """
+if index == 1:
+    raise jax.errors.JaxRuntimeError("Gloo context initialization failed: timed out connecting")
+time.sleep(60)
+"""
+    started = begin(command(body, tmp_path), count=3)
+    said = gone(started, 60)
+    assert [process.returncode for process in started] == [1, 1, 1], said
+    assert "is gone (Gloo context initialization failed" in said.pop(1)[-1]
+    line = "error: --multihost: another process is gone (process 1 of 3: it could not reach another). start"
     assert all(len(lines) == 1 and lines[0].startswith(line) for lines in said), said
 
 
