@@ -22,12 +22,12 @@ _WORTH = 8 << 20
 
 
 def peak() -> str:
-    """In words: the most host memory that this process has held so far, and the largest that it started."""
-    from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage  # not on Windows
+    """In words: the most host memory that this process has held so far. (Its workers are left out: the system
+    counts what this one held when they began as theirs.)"""
+    from resource import RUSAGE_SELF, getrusage  # not on Windows
 
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-    held = [unit * getrusage(who).ru_maxrss / 2**30 for who in (RUSAGE_SELF, RUSAGE_CHILDREN)]
-    return f"peak host memory {held[0]:.2f} GiB" + (f", of a worker {held[1]:.2f}" if held[1] > 0 else "")
+    return f"peak host memory {unit * getrusage(RUSAGE_SELF).ru_maxrss / 2**30:.2f} GiB"
 
 
 def one_heap() -> bool:

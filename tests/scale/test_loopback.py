@@ -56,8 +56,14 @@ def test_four_processes_are_one(tmp_path):
         "--config.mesh.tensor=2",
     ]  # fmt: skip
     methods = "^main: (seed mean|ridge regressor|MO-DiT after (SFT|HPPO)|contrastive encoder.*)$"
-    rows = compared(config, tmp_path / "one", tmp_path / "four", 4, MODIT, methods)
+    one, four = tmp_path / "one", tmp_path / "four"
+    rows = compared(config, one, four, 4, MODIT, methods)
     assert rows[0] == rows[1] and len(rows[0]) >= 6 * 4
+    for folder, processes, devices in ((one, 1, 4), (four, 4, 1)):
+        asked = ["--checkpoints=sft,hppo", f"--workdir={folder}"]
+        together(["-m", "experiments.evaluate", *config, *asked], processes, devices, patience=3000)
+    rows = [read_rows(folder / "checkpoints.jsonl") for folder in (one, four)]
+    assert rows[0] == rows[1] and {row["folder"] for row in rows[0]} == {"sft", "hppo"}
 
 
 def test_four_processes_search_as_one(tmp_path):

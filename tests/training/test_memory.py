@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import subprocess
 import sys
 
@@ -52,3 +53,17 @@ def test_who_says_how_to_allocate_is_not_overruled(monkeypatch):
         monkeypatch.setenv(name, "")
         assert not memory.one_heap()
         monkeypatch.delenv(name)
+
+
+def test_the_most_memory_held_is_said():
+    """One GiB, and freed again."""
+    code = """
+from genret.training import memory
+print(memory.peak())
+held = bytearray(1 << 30)
+del held
+print(memory.peak())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, after = (float(x) for x in re.findall(r"peak host memory ([0-9.]+) GiB", done.stdout))
+    assert 0 < before < 1 < after <= 1 + before
