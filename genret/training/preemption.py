@@ -8,7 +8,6 @@ or, where they do not come to that soon, by the watch, which asks `overdue`.
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from genret.training import processes
 
 SOON = 5.0  # seconds in which several processes may come to where all ask
 # The status of one that was not told to end, where another was: its script shall not go on.
-UNFINISHED = os.EX_TEMPFAIL
+UNFINISHED = 75  # EX_TEMPFAIL of sysexits.h
 _patient = False
 _asked: float | None = None  # when SIGTERM came, or when what it had to wait for was over
 _calls = 0
@@ -96,7 +95,9 @@ def patience() -> Iterator[None]:
     _patient = True
     try:
         yield
+        ending = due()  # several are patient until all have finished
     finally:
         _asked = None if _asked is None else time.monotonic()
         _patient = False
-    leave_if_due()
+    if ending or (came() and not processes.several()):
+        raise Preempted

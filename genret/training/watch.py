@@ -89,7 +89,8 @@ class Watch:
 
     def _stop(self, index: int) -> NoReturn:
         """SIGTERM came to process `index`."""
-        status = 0 if preemption.came() else preemption.UNFINISHED
+        told = index == self._own or preemption.came()
+        status = 0 if told else preemption.UNFINISHED
         self._end(str(preemption.Preempted()), "stopped", index, status)
 
     def _end(self, said: str, how: str, index: int, status: int = 1) -> NoReturn:
