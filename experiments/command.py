@@ -19,6 +19,7 @@ from ml_collections import ConfigDict, config_flags
 
 from experiments.workdir import tells
 from genret.training import preemption, processes
+from genret.training.loop import NonFiniteLoss
 from genret.training.memory import one_heap
 from genret.training.watch import Watch
 from genret.types import InputError
@@ -41,8 +42,8 @@ def launch(
     workdir: whether it must be given, where it is None otherwise; None: the command has none. alone: under
     --multihost process 0 does it by itself; else all do it together, and process 0 writes and speaks.
     options: more flags of the command, each a (default, help), given to main by name. An InputError, a full
-    disk and a lost process end with one line and exit status 1; what is done together ends so at SIGTERM,
-    with status 0, or `preemption.UNFINISHED` where another process alone got it.
+    disk and a loss that leaves the finite numbers end with one line and exit status 1, a lost process with
+    `processes.AGAIN`; SIGTERM with one line, and the status of `preemption.status`.
     """
     configs = config and config_flags.DEFINE_config_file(
         "config", None, "A file of experiments/configs.", lock_config=True
@@ -73,12 +74,15 @@ def launch(
                 main(*given, **{n: flag.value for n, flag in more.items()})
             preemption.over()
         except preemption.Preempted as stop:
+            status = preemption.status(told=True)
             preemption.over()
             print(stop, flush=True)
+            if status:
+                raise SystemExit(status) from None
         except BrokenPipeError:  # whoever reads has enough: `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(1) from None
-        except (InputError, OSError) as error:
+        except (InputError, NonFiniteLoss, OSError) as error:
             if said := one_line(error):
                 raise SystemExit(f"error: {said}") from None
             raise
@@ -117,13 +121,17 @@ def _multihost_flags() -> tuple[flags.FlagHolder, ...]:
     )
 
 
+_UNWRITABLE = errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG
+
+
 def one_line(error: BaseException) -> str | None:
     """What to say of an error that is not the program's: input, disk, or another process; None of others."""
     if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
         where = "" if error.filename is None else f"{error.filename}: "
-        fix = "make room" if _is_full(error) else "use a folder that can be written"
-        return f"{where}{error.strerror or error}. {fix}, and start again: what is finished is kept"
-    known = isinstance(error, InputError | processes.BarrierError)
+        fix = "make room, and " if _is_full(error) else ""
+        fix = "use a folder that can be written, and " if error.errno in _UNWRITABLE else fix
+        return f"{where}{error.strerror or error}. {fix}start again: what is finished is kept"
+    known = isinstance(error, InputError | NonFiniteLoss | processes.BarrierError)
     return str(error) if known else str(processes.lost(error) or "") or None
 
 
@@ -168,13 +176,13 @@ def _joined(multihost: bool, *place: Any) -> Iterator[None]:
             try:
                 yield
             except preemption.Preempted as stop:  # met by all at the same step
-                status = 0 if preemption.came() else preemption.UNFINISHED
+                status = preemption.status(preemption.came())
                 preemption.over()
                 print(stop, flush=True)
         processes.barrier("end")
         watch.ended()
     except BaseException as error:
-        said = one_line(error)
+        said = "nobody reads what is printed" if isinstance(error, BrokenPipeError) else one_line(error)
         met = processes.lost(error) is not None
         watch.fail(f"error: {said}" if said else traceback.format_exc(), lost=met)
     if status:

@@ -22,7 +22,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -145,15 +145,29 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _chosen(stages: Iterable[Stage], only: str) -> list[Stage]:
+    """Raises InputError for a pattern that is none or finds nothing."""
+    stages = list(stages)
+    try:
+        found = [stage for stage in stages if re.search(only, stage.name)]
+    except re.error as error:
+        raise InputError("--only", f"{only!r} is no pattern ({error})", "quote special characters") from error
+    if not found:
+        fix = f"use some of {', '.join(stage.name for stage in stages)}"
+        raise InputError("--only", f"{only!r} is in no stage's name", fix)
+    return found
+
+
 def main(config: ConfigDict, topology: str, only: str, output: str) -> None:
     """Every stage of `config` whose name `only` is found in, one after the other."""
     jax.config.update("jax_platforms", "cpu")  # nothing runs elsewhere
     mesh = meshes.make_mesh(**config.mesh, devices=devices_of(topology))
     run = abstract_fanout_run(config) if "fanout" in config else abstract_run(config, mesh=mesh)
+    found = _chosen(run.stages(), only)
     kind, shape = mesh.devices.flat[0].device_kind, dict(mesh.shape)
     print(f"{mesh.size} x {kind}, mesh {' x '.join(f'{n} {size}' for n, size in shape.items())}", flush=True)
     rows = []
-    for stage in (s for s in run.stages() if re.search(only, s.name)):
+    for stage in found:
         print(f"{stage.name} ...", flush=True)
         rows.append(compile_stage(stage, run.options(stage.name), mesh))
     print(f"\n{table(rows)}\n\nper device, {topology}")

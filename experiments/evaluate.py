@@ -161,6 +161,10 @@ def main(
     """Every seed of `config`."""
     if follow and not checkpoints:
         raise InputError("--follow", "follows the checkpoints of stages", "give --checkpoints=sft")
+    if checkpoints and "fanout" in config:
+        raise InputError("--checkpoints", "are those of MO-DiT's stages", "leave it out for R4T")
+    if follow and not follow_seconds > 0:
+        raise InputError("--follow_seconds", f"{follow_seconds} is no time", "give some seconds")
     if follow and processes.several():  # each would see a checkpoint at another moment
         raise InputError("--follow", "watches with one process", "leave out --multihost")
     _pattern(methods)  # said before anything is opened

@@ -295,6 +295,9 @@ def main(config: ConfigDict, workdir: Path, seed: int, output: str, split: str) 
     """Export one seed of a run to the folder `output`."""
     if not output:
         raise InputError("--output", "is not given", "name the folder to write")
+    if "fanout" in config and split:
+        raise InputError("--split", "is of MO-DiT's settings", "leave it out for R4T")
+    split = split or "pattern_holdout"
     if split not in SPLITS:
         raise InputError("--split", f"unknown split {split!r}", f"use {' or '.join(SPLITS)}")
     target = Path(output).resolve()
@@ -330,5 +333,5 @@ if __name__ == "__main__":
         alone=True,
         seed=(0, "The seed to export."),
         output=("", "The folder to write."),
-        split=("pattern_holdout", "Whose settings to export: pattern_holdout or item_holdout."),
+        split=("", "Whose settings to export: pattern_holdout, which is the default, or item_holdout."),
     )

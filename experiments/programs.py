@@ -82,7 +82,8 @@ def set_program(
 
 
 def lowered(program: Program, parameters: dict[str, np.ndarray], *inputs: tuple[tuple, str]) -> bytes:
-    """StableHLO of a program for every platform, serialised by `jax.export`.
+    """StableHLO of a program for every platform, serialised by `jax.export`; what is float32 is multiplied in
+    float32 on accelerators too.
 
     inputs: (shape, dtype) of each argument after the parameters; "batch" in a shape is any size.
     Raises InputError where flatbuffers, which `jax.export` writes with, is missing.
@@ -98,6 +99,7 @@ def lowered(program: Program, parameters: dict[str, np.ndarray], *inputs: tuple[
     frames = jax.config.jax_traceback_in_locations_limit
     jax.config.update("jax_traceback_in_locations_limit", 0)  # no path of this machine in the program
     try:
-        return bytes(export.export(jax.jit(program), platforms=PLATFORMS)(like, *given).serialize())
+        with jax.default_matmul_precision("highest"):
+            return bytes(export.export(jax.jit(program), platforms=PLATFORMS)(like, *given).serialize())
     finally:
         jax.config.update("jax_traceback_in_locations_limit", frames)

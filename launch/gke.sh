@@ -43,8 +43,10 @@ spec:
   completions: $PODS
   parallelism: $PODS
   backoffLimit: $((3 * PODS)) # one that is lost ends the others, and all are made again and continue
-  podFailurePolicy: # a pod that was preempted is not counted
-    rules: [{action: Ignore, onPodConditions: [{type: DisruptionTarget}]}]
+  podFailurePolicy: # neither a pod that was preempted is counted, nor those that ended because of it
+    rules:
+      - {action: Ignore, onPodConditions: [{type: DisruptionTarget}]}
+      - {action: Ignore, onExitCodes: {operator: In, values: [75]}}
   template:
     spec:
       subdomain: $NAME
@@ -57,13 +59,14 @@ spec:
           command: [bash, -euc]
           args:
             - |
+              export GENRET_PREEMPTED=75
               # bash is process 1 and passes no signal on by itself.
               child='' stop=''
               trap 'stop=1; kill \"\$child\"' TERM
               on() { \"\$@\" & child=\$!; wait \"\$child\" || wait \"\$child\"; [ -z \"\$stop\" ]; }
               on python -m experiments.run $together $config $workdir$more
               on python -m experiments.evaluate $together $config $workdir$more
-              [ \"\$JOB_COMPLETION_INDEX\" != 0 ] || python -m experiments.report $workdir
+              [ \"\$JOB_COMPLETION_INDEX\" != 0 ] || on python -m experiments.report $workdir
       volumes: [{name: shared, persistentVolumeClaim: {claimName: $CLAIM}}]"
 if [ -n "${DRY_RUN:-}" ]; then
   echo "kubectl apply -f - << 'EOF'"

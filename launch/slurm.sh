@@ -5,6 +5,8 @@
 # ACCELERATOR (cuda) is the extra to install beside the configuration's own; with "" it runs on CPUs.
 #SBATCH --job-name=genret
 #SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
 set -euo pipefail
 [ $# -ge 2 ] || { sed -n '2,5s/^# //p' "$0" >&2; exit 2; }
 config="--config=$1" workdir="--workdir=$2" for=$1

@@ -17,7 +17,7 @@ on() { # WORKERS COMMAND...: in the checkout, with the environment that worker 0
   shift
   printf -v words '%q ' "$@"
   run gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker="$workers" \
-    --command="cd ${CHECKOUT@Q} && PATH=\$PWD/.venv/bin:\$PATH ${words% }"
+    --command="cd ${CHECKOUT@Q} && GENRET_PREEMPTED=75 PATH=\$PWD/.venv/bin:\$PATH ${words% }"
 }
 on 0 bash -euc '. launch/environment.sh "$@"' install "$for" tpu
 on all python -m experiments.run --multihost "$config" "$workdir" "$@"

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from experiments.configs import modit, sweep
 from experiments.sweep import commands
+from genret.training import processes
 from genret.types import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,10 +52,10 @@ def test_a_tpu_pod_runs_the_same_on_all_workers_and_reports_on_one():
     assert [line[:7] for line in lines] == [ssh] * 4
     assert [line[7] for line in lines] == [f"--worker={w}" for w in ("0", "all", "all", "0")]
     said = [shlex.split(line[8].removeprefix("--command=")) for line in lines]
-    where = ["cd", "/mnt/a b", "&&", "PATH=$PWD/.venv/bin:$PATH"]
-    assert [s[:4] for s in said] == [where] * 4 and [s[4:] for s in said[1:]] == STEPS
+    where = ["cd", "/mnt/a b", "&&", "GENRET_PREEMPTED=75", "PATH=$PWD/.venv/bin:$PATH"]
+    assert [s[:5] for s in said] == [where] * 4 and [s[5:] for s in said[1:]] == STEPS
     install = '. launch/environment.sh "$@"'
-    assert said[0][4:] == ["bash", "-euc", install, "install", CONFIG, "tpu"]
+    assert said[0][5:] == ["bash", "-euc", install, "install", CONFIG, "tpu"]
 
 
 def test_kubernetes_gets_an_indexed_job_of_the_same_command():
@@ -72,11 +73,13 @@ def test_kubernetes_gets_an_indexed_job_of_the_same_command():
     assert pod["nodeSelector"] == {"cloud.google.com/gke-tpu-topology": "2x4", "pool": "a"}
     box = pod["containers"][0]
     assert box["image"] == "registry/genret:1" and box["resources"]["limits"] == {"google.com/tpu": "4"}
-    found = [shlex.split(line, comments=True) for line in box["args"][0].splitlines()[4:]]
+    found = [shlex.split(line, comments=True) for line in box["args"][0].splitlines()[5:]]
     me = ["--coordinator=three-0.three:8476", "--num_processes=4", "--process_id=$JOB_COMPLETION_INDEX"]
     for line, step in zip(found[:2], STEPS, strict=False):
         assert line == ["on", *step[:4], *me, *step[4:]]
-    assert found[2] == ["[", "$JOB_COMPLETION_INDEX", "!=", "0", "]", "||", *STEPS[2]]
+    assert found[2] == ["[", "$JOB_COMPLETION_INDEX", "!=", "0", "]", "||", "on", *STEPS[2]]
+    rules = spec["podFailurePolicy"]["rules"]
+    assert rules[1] == {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [processes.AGAIN]}}
 
 
 @pytest.mark.parametrize("ends", ["in time", "by SIGTERM", "in an error"])

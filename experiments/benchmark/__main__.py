@@ -35,7 +35,8 @@ LINES: dict[str, Callable[[World], Work]] = core.LINES | language.LINES
 
 
 def chosen(only: str, peers: bool) -> dict[str, Callable[[World], Work]]:
-    """Name -> maker of the lines that `only` is found in, peers' lines after ours.
+    """Name -> maker of the lines that `only` is found in. Peers' go first: under ours `training.memory` ends
+    the C library's own adaptation, for good.
 
     Raises InputError for a pattern that is none or finds nothing, and for peers that are not installed.
     """
@@ -44,7 +45,7 @@ def chosen(only: str, peers: bool) -> dict[str, Callable[[World], Work]]:
         from experiments.benchmark import peers as rivals
 
         rivals.require()
-        lines |= rivals.LINES
+        lines = rivals.LINES | lines
     try:
         found = {name: make for name, make in lines.items() if re.search(only, name)}
     except re.error as error:

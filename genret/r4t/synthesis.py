@@ -38,7 +38,7 @@ from genret.r4t.items import distinct_items
 from genret.r4t.prompts import K
 from genret.r4t.rewards import Answer, Encode, in_context
 from genret.retrieval.index import Index
-from genret.training import processes
+from genret.training import preemption, processes
 from genret.training.log import Progress
 from genret.types import Array, InputError, reading
 
@@ -164,6 +164,7 @@ def synthesize(
             rewards = None if reward is None else np.asarray(reward(some, answers), np.float32)
             arrays, counts = _shard(some, answers, rewards, data, encode, index, options)
             processes.once(f"shard {s}", functools.partial(_write, folder, s, arrays, counts))
+            preemption.leave_if_due()
             progress(s + 1, ", ".join(f"{n} {name}" for name, n in counts.items()))
     return load_sets(folder, card)
 

@@ -101,14 +101,22 @@ class Checkpoints:
 
 
 # What a machine says that cannot read just now; a file cut short says something else.
-_PASSING = [os.strerror(e) for e in (errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.EIO)]
+_PASSING = (
+    errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.EIO, errno.ENOMEM, errno.EACCES, errno.ETIMEDOUT,
+)  # fmt: skip
+
+
+def _not_now(error: Exception, path: Path) -> None:
+    """Raises InputError for what is the machine's and not the file's."""
+    said = (*map(os.strerror, _PASSING), "RESOURCE_EXHAUSTED", "unable to allocate")
+    if isinstance(error, MemoryError) or any(each.lower() in str(error).lower() for each in said):
+        fix = "nothing is moved: start again when the machine can"
+        raise InputError("checkpoint", f"{path} could not be read now ({_line(error)})", fix) from error
 
 
 def _only_damage(error: Exception, path: Path) -> None:
     """Raises InputError unless one process has met a damaged file, from which it can go back by itself."""
-    if any(said.lower() in str(error).lower() for said in (*_PASSING, "RESOURCE_EXHAUSTED")):
-        fix = "nothing is moved: start again when the machine can"
-        raise InputError("checkpoint", f"{path} could not be read now ({_line(error)})", fix) from error
+    _not_now(error, path)
     if processes.several():  # another may have read it, and waits for this one there
         fix = "start one process alone, which goes back to the step before, or move the folder away"
         raise InputError("checkpoint", f"{path} cannot be read ({_line(error)})", fix) from error
@@ -177,6 +185,7 @@ def restore_params(folder: Path | str, abstract: PyTree, *, card: dict, step: in
     except InputError:
         raise
     except Exception as error:  # whatever a reader meets in a file cut short
+        _not_now(error, folder / str(step))
         raise InputError(
             "checkpoint", f"{folder / str(step)} cannot be read ({_line(error)})",
             "move it away, and the file `trained` of its seed, and train again: from the step before it",

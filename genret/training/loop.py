@@ -196,8 +196,9 @@ def fit(
         )
     step_fn, on_frozen, on_batch = compiled_step(stage, options, mesh, placed, batch)
     frozen = meshes.place(stage.frozen, on_frozen)
-    flops = counted_flops(step_fn.trace(state, frozen, meshes.place(batch, on_batch)))
-    peak = peak_flops()
+    traced = step_fn.trace(state, frozen, meshes.place(batch, on_batch))
+    flops, peak = counted_flops(traced), peak_flops()
+    step_fn = traced.lower().compile()  # here, where SIGTERM need not wait for it
 
     # Simulated CPU devices share one thread pool: programs that run ahead starve each other's collectives.
     in_step = jax.default_backend() == "cpu" and mesh.size > 1

@@ -13,9 +13,10 @@ import jax
 
 from genret.types import PyTree
 
-# Parameters of glibc's mallopt(3), and the values it begins with.
-_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
-_USUAL = {_TRIM_THRESHOLD: 128 << 10, _MMAP_MAX: 65_536}
+# Parameters of glibc's mallopt(3), and the values that it comes to by itself where large blocks are freed:
+# setting any of them ends that, and the small values that it begins with would stay.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8
+_USUAL = {_TRIM_THRESHOLD: 64 << 20, _MMAP_THRESHOLD: 32 << 20, _MMAP_MAX: 65_536}
 # Bytes a step. A heap can hold several holes of the size that is asked for: ten such should not hurt.
 MOST = 256 << 20
 _WORTH = 8 << 20

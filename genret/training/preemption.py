@@ -1,23 +1,24 @@
 """SIGTERM, which schedulers send before they take a machine away: what was done is saved, and all ends well.
 
 Training saves at the step it is at. Elsewhere one process ends at once, as whatever it keeps is written whole
-or not at all. Several processes end together: at a step, at a method, or after a stage, where all ask `due`;
-or, where they do not come to that soon, by the watch, which asks `overdue`.
+or not at all. Several processes end together: at a step, at a method, or after a stage, where all ask `due`.
+Who does not come to that soon, in a compiler or in a barrier say, is ended by a thread.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from genret.training import processes
 
-SOON = 5.0  # seconds in which several processes may come to where all ask
-# The status of one that was not told to end, where another was: its script shall not go on.
-UNFINISHED = 75  # EX_TEMPFAIL of sysexits.h
-_patient = False
+SOON = 5.0  # seconds in which a process may come to its own end
+_patient = _hearing = False
 _asked: float | None = None  # when SIGTERM came, or when what it had to wait for was over
 _calls = 0
 
@@ -31,9 +32,49 @@ class Preempted(BaseException):
 
 def listen() -> None:
     """From here on SIGTERM raises Preempted: now, or under `patience` at its end. For the main thread."""
+    global _hearing
     forget()
     signal.signal(signal.SIGTERM, _note)
     signal.signal(signal.SIGALRM, _note)
+    if not _hearing:
+        signals, written = socket.socketpair()
+        written.setblocking(False)
+        signal.set_wakeup_fd(written.detach(), warn_on_full_buffer=False)
+        threading.Thread(target=_hear, args=(signals,), name="SIGTERM", daemon=True).start()
+        _hearing = True
+
+
+def _hear(signals: socket.socket) -> None:
+    """Python's handlers wait for the main thread, which may be in a call for minutes; these bytes do not."""
+    while True:
+        if signal.SIGTERM in signals.recv(64):
+            _heard()
+        while came():
+            if _asked is not None and not _patient and time.monotonic() - _asked > SOON:
+                _end()
+            time.sleep(0.2)
+
+
+def _alone() -> None:
+    """Ends this process as the main thread would."""
+    with contextlib.suppress(OSError, ValueError):  # nobody reads it
+        print(Preempted(), flush=True)
+    os._exit(status(told=True))
+
+
+_end = _alone
+
+
+def by(end: Callable[[], None]) -> None:
+    """From here on `end` is called, again and again, where SIGTERM has met no `due` in time: it ends all."""
+    global _end
+    _end = end
+
+
+def status(told: bool) -> int:
+    """The exit status. told: whether SIGTERM came to this very process, which ends well, or as the variable
+    GENRET_PREEMPTED says: a script sets it so that nothing comes after."""
+    return int(os.environ.get("GENRET_PREEMPTED") or 0) if told else processes.AGAIN
 
 
 def forget() -> None:
@@ -49,14 +90,13 @@ def over() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def note() -> None:
-    """SIGTERM has come: for who hears of it while the main thread is in a call that no handler interrupts."""
+def _heard() -> None:
     global _asked
     _asked = time.monotonic() if _asked is None else _asked
 
 
 def _note(*_) -> None:
-    note()
+    _heard()
     if not _patient and not processes.several():
         signal.alarm(1)  # once more in a second: what is raised inside a __del__ is lost
         raise Preempted
@@ -75,11 +115,6 @@ def due(every: int = 1) -> bool:
 def came() -> bool:
     """Whether SIGTERM has come to this very process."""
     return _asked is not None
-
-
-def overdue() -> bool:
-    """Whether it came SOON seconds ago, and nothing is under `patience` that had to be finished first."""
-    return _asked is not None and not _patient and time.monotonic() - _asked > SOON
 
 
 def leave_if_due() -> None:

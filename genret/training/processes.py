@@ -21,6 +21,10 @@ from genret.types import InputError
 # Seconds. A day, as process 0 may build a catalogue of millions; one that dies is missed in HEARTBEAT.
 PATIENCE = 86_400.0
 HEARTBEAT = 30
+JOIN = 1800  # until all have joined: images are pulled and pools of nodes made meanwhile
+# The status of a process that ends because of another, EX_TEMPFAIL of sysexits.h: its script shall not go on,
+# and the same command continues.
+AGAIN = 75
 # How collectives and jax's coordination service say that another process is gone.
 _GONE = re.compile(
     "gloo|nccl|coordination service|heartbeat|connection (reset|closed|refused)|socket closed", re.I
@@ -77,7 +81,9 @@ def _join(coordinator: str | None, process_id: int | None, count: int | None) ->
     # `preemption` agrees on where to stop; this service would take SIGTERM away from it.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(coordinator, count, process_id, heartbeat_timeout_seconds=HEARTBEAT)
+        jax.distributed.initialize(
+            coordinator, count, process_id, initialization_timeout=JOIN, heartbeat_timeout_seconds=HEARTBEAT
+        )
     except ValueError as error:  # what jax says where it finds no cluster
         fix = "give --coordinator, --process_id and --num_processes"
         raise InputError("--multihost", f"JAX found no cluster to ask ({error})", fix) from None
@@ -89,8 +95,9 @@ def coordinator() -> str:
 
 
 def several() -> bool:
-    """Whether this program runs in more than one process; touches no device where it does not."""
-    return jax.distributed.is_initialized() and jax.process_count() > 1
+    """Whether this program runs in more than one process. Touches no device: a handler of signals may ask
+    while they are opened, under a lock."""
+    return jax.distributed.is_initialized() and _known().num_processes > 1
 
 
 def is_writer() -> bool:

@@ -12,7 +12,6 @@ import contextlib
 import os
 import secrets
 import selectors
-import signal
 import socket
 import sys
 import threading
@@ -36,8 +35,8 @@ class Watch:
     """This process's connections: to all others in process 0, to process 0 in the others.
 
     All must `begin` one, after `processes.start`, and leave it by `ended` or `fail`; a process that does
-    neither is gone, and the others end with status 1 and a line that names it. A SIGTERM that no `due` meets
-    in time ends all of them here: with status 0 who got it, and with `preemption.UNFINISHED` the others.
+    neither is gone, and the others end with status `processes.AGAIN` and a line that names it. A SIGTERM that
+    no `due` meets in time ends all of them here.
     """
 
     def __init__(self) -> None:
@@ -66,11 +65,8 @@ class Watch:
             with server, contextlib.suppress(TimeoutError):  # who could not connect
                 while len(self._peers) < self._count - 1:
                     self._meet(server.accept()[0])
-        # Python's handlers wait for the main thread, which may be in a barrier for a day; these bytes do not.
-        signals, written = socket.socketpair()
-        written.setblocking(False)
-        signal.set_wakeup_fd(written.detach(), warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, args=(signals,), name="watch", daemon=True).start()
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+        preemption.by(lambda: self._over or self._stop(self._own))
 
     def ended(self) -> None:
         """This process is about to end, as all do."""
@@ -78,27 +74,27 @@ class Watch:
         self._tell("ended", self._own)
 
     def fail(self, said: str, lost: bool = False) -> NoReturn:
-        """Ends this process with status 1 and its error on stderr. lost: what it met is the loss of another.
+        """Ends this process with its error on stderr and status 1; lost: what it met is the loss of another,
+        and the status is `processes.AGAIN`.
 
         An orderly exit would wait for the others, who may wait for this one.
         """
         if lost and self._first:
             time.sleep(1.0)  # the watch may know which, and speak first
         self._over = True
-        self._end(said, "missed" if lost else "failed", self._own)
+        self._end(said, *(("missed", self._own, processes.AGAIN) if lost else ("failed", self._own, 1)))
 
     def _stop(self, index: int) -> NoReturn:
         """SIGTERM came to process `index`."""
         told = index == self._own or preemption.came()
-        status = 0 if told else preemption.UNFINISHED
-        self._end(str(preemption.Preempted()), "stopped", index, status)
+        self._end(str(preemption.Preempted()), "stopped", index, preemption.status(told))
 
-    def _end(self, said: str, how: str, index: int, status: int = 1) -> NoReturn:
-        self._speaking.acquire()  # for good: of two threads the first speaks alone
+    def _end(self, said: str, how: str, index: int, status: int) -> NoReturn:
+        self._speaking.acquire()  # for good: of several threads the first speaks alone
         try:
             with contextlib.suppress(OSError, ValueError):  # nobody reads it
                 sys.stdout.flush()
-                print(said, file=sys.stderr if status == 1 else sys.stdout, flush=True)
+                print(said, file=sys.stdout if how == "stopped" else sys.stderr, flush=True)
             self._tell(how, index)
             until = time.monotonic() + LAST
             for peer in tuple(self._peers) if self._first else ():
@@ -122,20 +118,15 @@ class Watch:
             with contextlib.suppress(OSError):  # gone too
                 peer.sendall(_message(how, index))
 
-    def _watch(self, signals: socket.socket) -> None:
-        """Runs in its thread until the end. signals: gives the number of each, a byte."""
+    def _watch(self) -> None:
+        """Runs in its thread until the end."""
         waiting = selectors.DefaultSelector()
-        for one in (signals, *self._peers):
-            waiting.register(one, selectors.EVENT_READ)
+        for peer in self._peers:
+            waiting.register(peer, selectors.EVENT_READ)
         while not self._over:
             for key, _ in waiting.select(timeout=1.0):
-                if key.fileobj is signals:
-                    if signal.SIGTERM in signals.recv(64):
-                        preemption.note()
-                elif self._heard(key.fileobj):
+                if self._heard(key.fileobj):
                     waiting.unregister(key.fileobj)
-            if preemption.overdue() and not self._over:
-                self._stop(self._own)
             if self._missed is not None and time.monotonic() > self._missed[1]:
                 self._lost("missed", self._missed[0])
 
@@ -176,7 +167,7 @@ class Watch:
             said = processes.LostProcess.of(
                 f"process {index} of {self._count}: {met.get(how, 'its connection ended')}"
             )
-            self._end(f"error: {said}", how, index)
+            self._end(f"error: {said}", how, index, processes.AGAIN)
 
 
 def _listen(count: int) -> socket.socket:

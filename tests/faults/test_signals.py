@@ -10,7 +10,7 @@ import time
 import jax
 import pytest
 
-from genret.training import preemption
+from genret.training import processes
 from tests.commands import begin, parameters, together
 from tests.faults.conftest import modit
 
@@ -65,12 +65,12 @@ def test_sigterm_to_either_of_two_processes_ends_both_and_changes_nothing(tmp_pa
             started[told].send_signal(signal.SIGTERM)
             said = [process.communicate(timeout=60) for process in started]
             status = [process.returncode for process in started]
-            assert status[told] == 0 and status[1 - told] in (0, preemption.UNFINISHED), (status, said)
+            assert status[told] == 0 and status[1 - told] in (0, processes.AGAIN), (status, said)
             assert "Traceback" not in said[0][1] + said[1][1], said
             ended.append(status[1 - told])
             print(name, status, said[0][0].splitlines()[-2:], flush=True)
         together(asked[two, name])
-    assert ended.count(preemption.UNFINISHED) > 5
+    assert ended.count(processes.AGAIN) > 5
     rows = [(folder / "results.jsonl").read_text() for folder in (one, two)]
     assert rows[0] == rows[1]
     for stage in ("pretrain", "cpt", "sft", "hppo"):

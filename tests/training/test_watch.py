@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from genret.training import preemption
+from genret.training import processes
 from genret.training.watch import Watch
 from tests.commands import begin, command
 
@@ -39,8 +39,8 @@ def test_one_that_dies_outside_a_collective_ends_the_others_with_its_number(tmp_
     codes = [process.returncode for process in started]
     line = f"error: --multihost: another process is gone (process {dead} of 3: its connection ended). start"
     for i in {0, 1, 2} - {dead}:
-        if dead or codes[i] == 1:
-            assert codes[i] == 1 and any(each.startswith(line) for each in said[i]), said
+        if dead or codes[i] == processes.AGAIN:
+            assert codes[i] == processes.AGAIN and any(each.startswith(line) for each in said[i]), said
             assert dead == 0 or len(said[i]) == 1, said
         else:  # JAX's service died with process 0, and JAX can see that first
             assert codes[i] == -signal.SIGABRT, said
@@ -57,7 +57,7 @@ def test_sigterm_ends_all_where_none_of_them_asks_for_it(tmp_path, asked):
     for i in asked:
         started[i].send_signal(signal.SIGTERM)
     out, said = zip(*(process.communicate(timeout=20) for process in started), strict=True)
-    wanted = [0 if i in asked else preemption.UNFINISHED for i in range(3)]
+    wanted = [0 if i in asked else processes.AGAIN for i in range(3)]
     assert [process.returncode for process in started] == wanted, said
     line = "SIGTERM: what is finished is saved, and the same command continues"
     assert [each.count(line) for each in out] == [1, 0, 0] and "error" not in "".join(said), (out, said)
@@ -66,7 +66,7 @@ def test_sigterm_ends_all_where_none_of_them_asks_for_it(tmp_path, asked):
 def test_sigterm_waits_for_what_has_to_be_finished(tmp_path):
     """Process 1 saves for longer than the watch would wait, and then all agree to end."""
     body = """
-from genret.training import preemption
+from genret.training import processes
 with preemption.patience():
     (workdir / f"at_{index}").write_text("here")
     time.sleep(2 * preemption.SOON if index else 1)
@@ -76,7 +76,7 @@ with preemption.patience():
     all_at(tmp_path, started)
     started[1].send_signal(signal.SIGTERM)
     said = [process.communicate(timeout=30) for process in started]
-    assert [process.returncode for process in started] == [preemption.UNFINISHED, 0], said
+    assert [process.returncode for process in started] == [processes.AGAIN, 0], said
     assert all((tmp_path / f"saved_{i}").exists() for i in (0, 1))
 
 
@@ -92,7 +92,8 @@ time.sleep(60)
 """
     started = begin(command(body, tmp_path), count=3)
     said = gone(started, 60)
-    assert [process.returncode for process in started] == [1, 1, 1], said
+    wanted = [1 if i == wrong else processes.AGAIN for i in range(3)]
+    assert [process.returncode for process in started] == wanted, said
     assert said.pop(wrong) == ["error: field: is wrong. mend it"]
     line = f"error: --multihost: another process is gone (process {wrong} of 3: ended by an error of its own)"
     assert all(len(lines) == 1 and lines[0].startswith(line) for lines in said), said
@@ -107,7 +108,7 @@ time.sleep(60)
 """
     started = begin(command(body, tmp_path), count=3)
     said = gone(started, 60)
-    assert [process.returncode for process in started] == [1, 1, 1], said
+    assert [process.returncode for process in started] == 3 * [processes.AGAIN], said
     assert "is gone (Gloo context initialization failed" in said.pop(1)[-1]
     line = "error: --multihost: another process is gone (process 1 of 3: it could not reach another). start"
     assert all(len(lines) == 1 and lines[0].startswith(line) for lines in said), said
