@@ -4,9 +4,9 @@ Appends one row per (method, domain, split, seed) to workdir/results.jsonl and s
 so it can be killed and started again; SIGTERM ends it with status 0.
 
     --methods=REGEX         only methods with a match in "table: name": '^main: ', '^order: ', HPPO
-    --checkpoints=sft,hppo  instead, the one-call query of every checkpoint kept in these stages' folders, on
-                            the validation contexts: one row per (folder, step, split, domain, seed) of
-                            workdir/checkpoints.jsonl, skipped where it is there
+    --checkpoints=sft,hppo  instead, every checkpoint kept in these stages' folders on validation: the
+                            one-call query of MO-DiT, sets of R4T; one row per (folder, step, split, domain,
+                            seed) of workdir/checkpoints.jsonl, skipped where it is there
     --follow                with it, look again every --follow_seconds until every seed is trained
 """
 
@@ -14,23 +14,19 @@ from __future__ import annotations
 
 import json
 import re
-import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ml_collections import ConfigDict
 
 from experiments import fanouts, r4t
 from experiments.catalogues import open_catalogue
+from experiments.checkpoints import sweep
 from experiments.command import launch
-from experiments.methods import as_trained
 from experiments.modit import Run, open_run
 from experiments.workdir import alone, append_rows, read_json, read_rows, same_run, write_text
-from genret.modit.protocol import SPLITS, Contexts, evaluate
+from genret.modit.protocol import evaluate
 from genret.modit.validation import predictor_report
 from genret.retrieval.index import build_index
-from genret.retrieval.metrics import macro
 from genret.training import preemption, processes
 from genret.training.log import Progress
 from genret.training.memory import peak
@@ -79,90 +75,12 @@ def _pattern(methods: str) -> re.Pattern:
         raise InputError("--methods", f"is no regular expression ({error})", "see Python's re") from None
 
 
-def kept_steps(run: Run, folder: str) -> list[int]:
-    """The steps of the checkpoints that stand in a stage's folder, whole, in order."""
-    found = (run.folder / folder / "checkpoints").glob("*")
-    return sorted(int(path.name) for path in found if path.name.isdigit())
-
-
-def evaluate_checkpoints(run: Run, folders: Sequence[str], results: Path) -> None:
-    """The one-call query of every checkpoint in `folders` of one seed that lacks rows, on validation.
-
-    A checkpoint that training deletes before it is read is passed over, and a line says so; of several
-    processes, whose reading it would part, it is an error.
-    """
-    have = {_key(row) for row in read_rows(results)}
-    cells = [(split, domain) for split in SPLITS for domain in run.catalogue.attribute_names]
-    todo = [
-        (folder, step) for folder in folders for step in kept_steps(run, folder)
-        if any((folder, step, *cell, run.seed) not in have for cell in cells)
-    ]  # fmt: skip
-    todo = processes.agreed("checkpoints", todo)  # training may go on, and delete some
-    if not todo:  # nothing is opened, let alone fitted, before a stage has begun
-        return
-    validation = run.contexts("validation")
-    for folder, step in todo:
-        where = f"seed {run.seed}, {folder} at step {step}"
-        try:
-            rows = checkpoint_rows(run, folder, step, validation)
-        except Exception:  # whatever a reader meets whose files go away under it
-            if processes.several() or (run.folder / folder / "checkpoints" / str(step)).is_dir():
-                raise
-            print(f"{where}: passed over, training has deleted it", flush=True)
-            continue
-        append_rows(results, [row for row in rows if _key(row) not in have])
-        joint = sum(row["joint"] for row in rows) / len(rows)
-        print(f"{where}: validation Joint@{rows[0]['k']} {joint:.3f}", flush=True)
-        preemption.leave_if_due()
-
-
-def _key(row: dict[str, Any]) -> tuple:
-    return tuple(row[name] for name in ("folder", "step", "split", "domain", "seed"))
-
-
-def checkpoint_rows(run: Run, folder: str, step: int, contexts: Contexts) -> list[dict[str, Any]]:
-    """Rows of one checkpoint, one per (split, domain), of the query that its folder was trained for."""
-    queries = as_trained(run, folder, step)(contexts, ())
-    scores = run.searcher.judge(run.searcher.rank(queries, contexts), contexts)
-    rows = []
-    for s, split in enumerate(SPLITS):
-        for m, domain in enumerate(run.catalogue.attribute_names):
-            at = (contexts.split == s) & (contexts.domain == m)
-            row = {"folder": folder, "step": step, "split": split, "domain": domain, "seed": run.seed}
-            row |= {"k": run.searcher.k, "contexts": int(at.sum())}
-            for name in ("joint", "attribute", "purity"):
-                row[name] = round(macro(getattr(scores, name)[at], contexts.pattern[at]), 6)
-            rows.append(row)
-    return rows
-
-
-def sweep(runs: Sequence[Run], folders: Sequence[str], results: Path, follow: float | None = None) -> None:
-    """`evaluate_checkpoints` of every seed; with `follow`, again and again, so many seconds apart, until
-    every seed is trained. Raises InputError for a folder that a run at rest does not have."""
-    if follow is None:
-        for run in runs:
-            for folder in folders:
-                if not (run.folder / folder / "checkpoints").is_dir():
-                    stages = sorted(path.parent.name for path in run.folder.glob("*/checkpoints"))
-                    fix = f"use some of {', '.join(stages)}" if stages else "train the run first"
-                    raise InputError("--checkpoints", f"seed {run.seed} has no folder {folder!r}", fix)
-    while True:
-        over = all((run.folder / "trained").exists() for run in runs)  # asked first: the last are seen
-        for run in runs:
-            evaluate_checkpoints(run, folders, results)
-        if over or follow is None:
-            return
-        time.sleep(follow)
-
-
 def main(
     config: ConfigDict, workdir: Path, methods: str, checkpoints: str, follow: bool, follow_seconds: float
 ) -> None:
     """Every seed of `config`."""
     if follow and not checkpoints:
         raise InputError("--follow", "follows the checkpoints of stages", "give --checkpoints=sft")
-    if checkpoints and "fanout" in config:
-        raise InputError("--checkpoints", "are those of MO-DiT's stages", "leave it out for R4T")
     if follow and not follow_seconds > 0:
         raise InputError("--follow_seconds", f"{follow_seconds} is no time", "give some seconds")
     if follow and processes.several():  # each would see a checkpoint at another moment
@@ -176,9 +94,12 @@ def main(
 def _evaluate(
     config: ConfigDict, workdir: Path, methods: str, checkpoints: str, follow: float | None
 ) -> None:
+    folders = list(filter(None, checkpoints.split(",")))
     if "fanout" in config:
-        wanted = _pattern(methods)
-        for run in r4t.open_runs(config, workdir):
+        runs, wanted = r4t.open_runs(config, workdir), _pattern(methods)
+        if folders:
+            return sweep(list(runs), folders, workdir / "checkpoints.jsonl", follow)
+        for run in runs:
             _is_trained(run)
             fanouts.evaluate_run(run, workdir / "results.jsonl", lambda name: bool(wanted.search(name)))
             fanouts.time_run(run, workdir / "latency.jsonl")
@@ -186,10 +107,8 @@ def _evaluate(
     catalogue = open_catalogue(config.catalogue)
     same_run(config, catalogue.arrays, workdir)
     runs = (open_run(config, workdir, seed, catalogue) for seed in config.seeds)
-    if checkpoints:
-        folders = list(filter(None, checkpoints.split(",")))
-        sweep(list(runs), folders, workdir / "checkpoints.jsonl", follow)
-        return
+    if folders:
+        return sweep(list(runs), folders, workdir / "checkpoints.jsonl", follow)
     for run in runs:
         _is_trained(run)
         evaluate_run(run, workdir / "results.jsonl", methods)

@@ -18,7 +18,7 @@ from genret.retrieval.significance import paired_test
 def text_report(r: FanoutResults) -> str:
     """Everything, for a terminal: the queries of each part by themselves."""
     parts = [section for part in r.parts for section in _sections(r.of(part), part)]
-    parts.append(_timings(r))
+    parts += [_timings(r), _steps(r)]
     parts += [_side_by_side(r.of(part)) for part in r.parts]
     if r.command:
         parts.append(f"  $ {r.command}\n  $ {r.command.replace('experiments.run', 'experiments.evaluate')}")
@@ -109,6 +109,28 @@ def _times(r: FanoutResults, method: str, batch: int) -> str:
     return cells
 
 
+def _checkpoints(r: FanoutResults) -> dict[str, dict[int, list[dict]]]:
+    """Rows of each folder, in the order they came, by step; a row for every seed."""
+    found: dict[str, dict[int, list[dict]]] = {row["folder"]: {} for row in r.checkpoints}
+    for row in sorted(r.checkpoints, key=lambda row: row["step"]):
+        found[row["folder"]].setdefault(row["step"], []).append(row)
+    return found
+
+
+def _steps(r: FanoutResults) -> str:
+    """Checkpoints on validation queries, means over seeds."""
+    if not r.checkpoints:
+        return ""
+    names = [name for name in COLUMNS if any(name in row for row in r.checkpoints)]
+    lines = [f"checkpoints, {r.checkpoints[0]['queries']} validation queries:"]
+    lines += [f"  {'':<14}{'step':>8} seeds" + "".join(f"{COLUMNS[n]:>8}" for n in names)]
+    for folder, steps in _checkpoints(r).items():
+        for step, rows in steps.items():
+            means = "".join(f"{np.mean([row.get(n, np.nan) for row in rows]):>8.3f}" for n in names)
+            lines.append(f"  {folder:<14}{step:>8} {len(rows):>5}{means}")
+    return "\n".join(lines)
+
+
 def _side_by_side(r: FanoutResults) -> str:
     """The answers of each method to the same unseen queries."""
     lines = []
@@ -123,9 +145,11 @@ def _side_by_side(r: FanoutResults) -> str:
 
 
 def plot(r: FanoutResults) -> Figure:
-    """Quality of every method, and latency against batch size on logarithmic axes (R4T's figure 5)."""
-    fig = Figure(figsize=(13, 4.6), layout="constrained")
-    left, right = fig.subplots(1, 2)
+    """Quality of every method, latency against batch size on logarithmic axes (R4T's figure 5), and the
+    quality of checkpoints where there are any."""
+    panels = 2 + bool(r.checkpoints)
+    fig = Figure(figsize=(6.5 * panels, 4.6), layout="constrained")
+    left, right, *more = fig.subplots(1, panels)
     part = r.parts[0]
     own = r.of(part)
     order = sorted(own.methods, key=lambda m: own.values(m, own.main).mean())
@@ -147,6 +171,12 @@ def plot(r: FanoutResults) -> Figure:
         right.set_xticks(batches, labels=map(str, batches), minor=False)
         right.minorticks_off()
     right.set(title=f"latency, k = {own.rows[0]['k']}", xlabel="queries at once", ylabel="seconds per batch")
+    for ax in more:
+        for folder, steps in _checkpoints(r).items():
+            line = [(step, np.mean([row[own.main] for row in rows])) for step, rows in steps.items()]
+            ax.semilogx(*zip(*line, strict=True), marker="o", label=folder)
+        ax.set(title=f"{own.main} of checkpoints, validation", xlabel="step")
+        ax.legend(frameon=False)
     return fig
 
 

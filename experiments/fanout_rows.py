@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +34,21 @@ ROW |= {"part": "text?", "reads": "text?", "runs": "count?", "repeated": "count?
 LATENCY = {"method": "text", "device": "text", "calls": "text or count", "batch": "count", "skipped": "text?"}
 TIMED = dict.fromkeys(("p50", "p95"), "number")
 TIMED |= dict.fromkeys(("encode_p50", "search_p50"), "number?") | {"seconds": "list?", "alone": "list?"}
+CHECKPOINT = {"folder": "text", "step": "count", "seed": "count", "queries": "count"}
+CHECKPOINT |= dict.fromkeys(COLUMNS, "number?")
 SHOWN = {"query": "text", "contents": "list", "sub_queries": "list?"}
 
 
 @dataclass(frozen=True, eq=False)
 class FanoutResults:
     """rows: of results.jsonl, one per (method, seed, part of the queries). latency: of latency.jsonl.
-    command: of the run. What is computed here is of one part: take it with `of`."""
+    command: of the run. checkpoints: of checkpoints.jsonl. What is computed here is of one part: take it with
+    `of`."""
 
     rows: list[dict[str, Any]]
     latency: list[dict[str, Any]]
     command: str = ""
+    checkpoints: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def parts(self) -> list[str]:
@@ -51,7 +56,7 @@ class FanoutResults:
         return [part for part in PARTS if any(_part(row) == part for row in self.rows)]
 
     def of(self, part: str) -> FanoutResults:
-        return FanoutResults([row for row in self.rows if _part(row) == part], self.latency, self.command)
+        return dataclasses.replace(self, rows=[row for row in self.rows if _part(row) == part])
 
     @property
     def methods(self) -> list[str]:
@@ -98,13 +103,14 @@ def read_fanouts(workdir: Path) -> FanoutResults:
     if not rows:
         raise InputError("--workdir", f"{workdir} holds no results", "evaluate the run first")
     if workdir.is_file():
-        check_rows(workdir, rows[:1], {"command": "text", "latency": "list"})
-        return _checked(workdir, FanoutResults(rows[1:], rows[0]["latency"], rows[0]["command"]))
+        check_rows(workdir, rows[:1], {"command": "text", "latency": "list", "checkpoints": "list?"})
+        head = [rows[0][name] for name in ("latency", "command")]
+        return _checked(workdir, FanoutResults(rows[1:], *head, rows[0].get("checkpoints") or []))
     config = workdir / "config.json"
     about = read_json(config) if config.exists() else {}
     check_rows(config, [about], {"command": "text?"})
-    found = FanoutResults(rows, read_rows(workdir / "latency.jsonl"), about.get("command") or "")
-    return _checked(workdir, found)
+    latency, checkpoints = (read_rows(workdir / f"{name}.jsonl") for name in ("latency", "checkpoints"))
+    return _checked(workdir, FanoutResults(rows, latency, about.get("command") or "", checkpoints))
 
 
 def _checked(path: Path, r: FanoutResults) -> FanoutResults:
@@ -113,6 +119,7 @@ def _checked(path: Path, r: FanoutResults) -> FanoutResults:
         raise InputError(str(path), "holds no rows", "evaluate the run first")
     check_rows(path, r.rows, ROW)
     check_rows(path, r.latency, LATENCY)
+    check_rows(path, r.checkpoints, CHECKPOINT)
     timed = [row for row in r.latency if not row.get("skipped")]
     check_rows(path, timed, TIMED)
     for row in timed:
@@ -145,6 +152,7 @@ def save_fanouts(r: FanoutResults, path: Path) -> Path:
         for row in r.rows
     ]
     head = {"genret": PACKED, "command": portable(r.command), "latency": r.latency}
+    head |= {"checkpoints": r.checkpoints} if r.checkpoints else {}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in [head, *rows]))
     return path

@@ -126,15 +126,36 @@ def all_methods(run: FanoutRun) -> Iterator[FanoutMethod]:
         yield _drawn(run, few.name, few.method, few.steps, 0.0, tuple(e.levels))
 
 
-def _language(run: FanoutRun) -> Iterator[FanoutMethod]:
-    def written(policy: Callable[[], LanguagePolicy], variables: Callable[[], Any]) -> Callable:
-        def answer(rows: np.ndarray, seed: int) -> Fanout:
-            asked = [run.data.queries[row] for row in rows]
-            batch = run.config.language.batch
-            texts = sample_fanouts(policy(), variables(), asked, jax.random.key(seed), batch=batch)
-            return Fanout(run.rewards().embed(rows, texts), texts)
+def of_checkpoint(run: FanoutRun, folder: str, step: int) -> Callable[[np.ndarray, int], Fanout]:
+    """(query rows i32[Q], seed) -> answers of one checkpoint; the diffusion's by the last of
+    `evaluation.few`."""
+    e = run.config.evaluation
+    if folder == "regressor":
+        made = baselines.regressor(run.model(folder, step))
+        return lambda rows, seed: Fanout(made(run.data.query_embeddings[rows], run.config.k, seed))
+    if folder == "diffusion":
+        few = [(f.method, f.steps, 0.0, tuple(e.levels)) for f in few_calls(e.few)[-1:]]
+        how = few[0] if few else ("euler_maruyama", e.steps, 0.0)
+        return _drawn(run, folder, *how, step=step).run
+    return _written(run, lambda: run.policy, functools.cache(lambda: run.trained(folder, step)))
 
-        return answer
+
+def _written(
+    run: FanoutRun, policy: Callable[[], LanguagePolicy], variables: Callable[[], Any]
+) -> Callable[[np.ndarray, int], Fanout]:
+    """A language model's answers."""
+
+    def answer(rows: np.ndarray, seed: int) -> Fanout:
+        asked = [run.data.queries[row] for row in rows]
+        batch = run.config.language.batch
+        texts = sample_fanouts(policy(), variables(), asked, jax.random.key(seed), batch=batch)
+        return Fanout(run.rewards().embed(rows, texts), texts)
+
+    return answer
+
+
+def _language(run: FanoutRun) -> Iterator[FanoutMethod]:
+    written = functools.partial(_written, run)
 
     def best(rows: np.ndarray, seed: int) -> Fanout:
         n, reward = run.config.evaluation.best_of, run.rewards()
@@ -202,12 +223,12 @@ def few_calls(asked: Sequence[str]) -> list[FewCalls]:
 
 def _drawn(
     run: FanoutRun, name: str, method: Method, steps: int, guidance: float,
-    levels: tuple[float, float] = (SIGMA_MIN, SIGMA_MAX), spare: bool = True,
+    levels: tuple[float, float] = (SIGMA_MIN, SIGMA_MAX), spare: bool = True, step: int | None = None,
 ) -> FanoutMethod:  # fmt: skip
     how = dict(method=method, steps=steps, guidance=guidance, levels=levels)
 
     def answer(rows: np.ndarray, seed: int) -> Fanout:
-        data, model, k = run.data, run.model("diffusion"), run.config.k
+        data, model, k = run.data, run.model("diffusion", step), run.config.k
         queries = data.query_embeddings[rows]
         model = model if spare else dataclasses.replace(model, rows=k)
         if data.references is not None or model.rows == k:
@@ -280,9 +301,9 @@ def over_runs(draws: Sequence[np.ndarray]) -> dict[str, float]:
     return {name: round(float(value), 7) for name, value in found.items()}  # the rest is rounding
 
 
-def asked_rows(run: FanoutRun) -> np.ndarray:
-    """The queries of `evaluation.part` that are asked, i32[Q]: the same for every seed."""
-    rows, most = run.data.rows(run.config.evaluation.part), run.config.evaluation.queries
+def asked_rows(run: FanoutRun, part: str = "") -> np.ndarray:
+    """The queries of `part`, or of `evaluation.part`, that are asked, i32[Q]: the same for every seed."""
+    rows, most = run.data.rows(part or run.config.evaluation.part), run.config.evaluation.queries
     if most and most < len(rows):
         rows = np.sort(np.random.default_rng(93).choice(rows, most, replace=False))
     return rows

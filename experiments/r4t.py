@@ -188,14 +188,15 @@ class FanoutRun:
             return init_lora(self.policy.decoder, jax.random.key(self.seed))
         return self.language.params
 
-    def trained(self, folder: str) -> PyTree:
-        """Variables of the policy trained in `folder`; raises InputError where there is none."""
+    def trained(self, folder: str, step: int | None = None) -> PyTree:
+        """Variables of the policy trained in `folder`, of its last step or another; raises InputError where
+        there is none."""
         shapes = jax.eval_shape(lambda: self.start)
         params = restore_params(
             self.folder / folder / "checkpoints",
             shapes,
             card=self.policy.card,
-            step=self.options(folder).steps,
+            step=step or self.options(folder).steps,
         )
         return self.policy.variables(whole(params, self.mesh), self.language.params)
 
@@ -349,9 +350,10 @@ class FanoutRun:
         for folder in ("diffusion", "regressor"):
             self._fit(folder, self.set_stage(folder))
 
-    @functools.cache  # noqa: B019 - a run lives as long as its process
-    def model(self, folder: str) -> SetRetriever:
-        """The set model of `folder`: regressor, or diffusion, which draws `spare` rows more where it can."""
+    @functools.lru_cache(maxsize=2)  # noqa: B019 - a run lives as long as its process
+    def model(self, folder: str, step: int | None = None) -> SetRetriever:
+        """The set model of `folder`, of its last step or another: regressor, or diffusion, which draws
+        `spare` rows more where it can."""
         regression = folder == "regressor"
         positions = regression or self.config.diffusion.block == "paper"
         spare = 0 if positions else self.config.evaluation.spare[self.data.references is not None]
@@ -359,7 +361,7 @@ class FanoutRun:
         params = restore_params(
             self.folder / folder / "checkpoints", jax.eval_shape(retriever.init, jax.random.key(0)),
             card=stages.model_card(retriever.model, self.space, self.rows(regression)),
-            step=self.options(folder).steps,
+            step=step or self.options(folder).steps,
         )  # fmt: skip
         placed = whole((params, self.space), self.mesh)
         return SetRetriever(retriever, *placed, self.rows(regression) + spare)

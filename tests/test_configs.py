@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from experiments import evaluate
+from experiments import checkpoints, evaluate
 from experiments.catalogues import open_catalogue
 from experiments.configs import modit
 from experiments.modit import open_run
@@ -88,7 +88,7 @@ def test_every_leaf_is_read_by_a_whole_run(tmp_path, monkeypatch):
     methods = {row["method"] for row in rows}
     assert len(rows) == 8 * len(methods) and {"MO-DiT+HPPO", "MO-DiT", "seed mean"} <= methods
     # Each round of HPPO left its pairs, and a checkpoint for validation to choose from.
-    assert evaluate.kept_steps(one, "hppo") == list(one.rounds) == [4, 8]
+    assert checkpoints.kept_steps(one, "hppo") == list(one.rounds) == [4, 8]
     kept = sorted(p.name for p in (one.folder / "hppo" / "rounds").iterdir())
     assert kept == ["pairs_0.npz", "pairs_1.npz"]
     # A finished run is not opened again.

@@ -11,7 +11,7 @@ import time
 import jax
 import pytest
 
-from experiments import evaluate
+from experiments import checkpoints, evaluate
 from experiments.command import tell_overrides
 from experiments.configs import modit
 from experiments.modit import Run, open_run, options
@@ -45,8 +45,8 @@ def run(molecules, tmp_path_factory):
 
 def test_every_kept_checkpoint_has_its_rows_once(run, tmp_path, capsys):
     results = tmp_path / "checkpoints.jsonl"
-    assert evaluate.kept_steps(run, "pretrain") == [4, 6]
-    evaluate.sweep([run], ["pretrain"], results)
+    assert checkpoints.kept_steps(run, "pretrain") == [4, 6]
+    checkpoints.sweep([run], ["pretrain"], results)
     rows = read_rows(results)
     cells = [(s, d) for s in protocol.SPLITS for d in run.catalogue.attribute_names]
     assert [(r["step"], r["split"], r["domain"]) for r in rows] == [(t, *c) for t in (4, 6) for c in cells]
@@ -66,11 +66,11 @@ def test_every_kept_checkpoint_has_its_rows_once(run, tmp_path, capsys):
 
     # Nothing twice; a file cut in the middle of a row, or that lost one, is made whole.
     whole = results.read_bytes()
-    evaluate.sweep([run], ["pretrain"], results)
+    checkpoints.sweep([run], ["pretrain"], results)
     assert results.read_bytes() == whole and not capsys.readouterr().out
     lines = whole.splitlines(keepends=True)
     results.write_bytes(b"".join(lines[:-1]) + lines[-1][:30])
-    evaluate.sweep([run], ["pretrain"], results)
+    checkpoints.sweep([run], ["pretrain"], results)
     assert results.read_bytes() == whole
 
 
@@ -89,7 +89,7 @@ def test_a_checkpoint_that_is_deleted_meanwhile_is_passed_over(run, tmp_path, ca
 
     one = copied(run, tmp_path / "seed_0")
     one = Pruned(one.config, one.catalogue, one.splits, one.folder, 0)
-    evaluate.sweep([one], ["pretrain"], tmp_path / "checkpoints.jsonl")
+    checkpoints.sweep([one], ["pretrain"], tmp_path / "checkpoints.jsonl")
     assert {row["step"] for row in read_rows(tmp_path / "checkpoints.jsonl")} == {6}
     assert "pretrain at step 4: passed over, training has deleted it" in capsys.readouterr().out
 
@@ -98,7 +98,7 @@ def test_a_checkpoint_that_is_deleted_meanwhile_is_passed_over(run, tmp_path, ca
     card = one.folder / "pretrain" / "checkpoints" / "6" / "card"
     shutil.rmtree(card)
     with pytest.raises(Exception, match="card|metadata|item"):
-        evaluate.sweep([one], ["pretrain"], tmp_path / "other.jsonl")
+        checkpoints.sweep([one], ["pretrain"], tmp_path / "other.jsonl")
 
 
 def test_following_waits_for_checkpoints_until_the_run_is_trained(run, tmp_path):
@@ -120,14 +120,14 @@ def test_following_waits_for_checkpoints_until_the_run_is_trained(run, tmp_path)
 
     training = threading.Thread(target=train, daemon=True)
     training.start()
-    evaluate.sweep([one], ["pretrain", "cpt"], results, follow=0.05)
+    checkpoints.sweep([one], ["pretrain", "cpt"], results, follow=0.05)
     training.join(timeout=60)
     assert seen == [{4}] and [row["step"] for row in read_rows(results)] == [4] * 8 + [6] * 8
 
 
 def test_a_folder_that_is_not_there_is_said(run, tmp_path):
     with pytest.raises(InputError, match="seed 0 has no folder 'stf'. use some of .*pretrain"):
-        evaluate.sweep([run], ["stf"], tmp_path / "checkpoints.jsonl")
+        checkpoints.sweep([run], ["stf"], tmp_path / "checkpoints.jsonl")
     (tmp_path / "seed_0").mkdir()
     with pytest.raises(InputError, match="--workdir: seed 0 of .* is not trained to its end"):
         evaluate.main(run.config, tmp_path, "", "", False, 5.0)

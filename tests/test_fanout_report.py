@@ -49,6 +49,37 @@ def folder(tmp_path):
     return tmp_path
 
 
+def test_checkpoints_are_means_over_seeds_and_are_packed(folder):
+    at = {"split": "validation", "domain": "all", "k": 2, "queries": 5}
+    rows = [
+        ("diffusion", 200, 0, 0.5),
+        ("diffusion", 100, 0, 0.25),
+        ("diffusion", 200, 1, 0.75),
+        ("warm", 4, 0, 0.1),
+    ]
+    rows = [{"folder": f, "step": t, "seed": s, "composite": c} | at for f, t, s, c in rows]
+    append_rows(folder / "checkpoints.jsonl", rows)
+    found = fanout_rows.read_fanouts(folder)
+    said = fanout_report.text_report(found)
+    lines = [
+        line.split() for line in said.partition("checkpoints, 5 validation queries:")[2].splitlines()[1:5]
+    ]
+    wanted = [
+        ["diffusion", "100", "1", "0.250"],
+        ["diffusion", "200", "2", "0.625"],
+        ["warm", "4", "1", "0.100"],
+    ]
+    assert lines == [["step", "seeds", "comp"], *wanted]
+    packed = fanout_rows.read_fanouts(fanout_rows.save_fanouts(found, folder / "packed.jsonl"))
+    assert packed.checkpoints == rows and fanout_report.text_report(packed) == said
+    assert [ax.get_title() for ax in fanout_report.plot(found).axes][
+        2
+    ] == "composite of checkpoints, validation"
+    append_rows(folder / "checkpoints.jsonl", [{"folder": "warm"} | at])
+    with pytest.raises(InputError, match="step"):
+        fanout_rows.read_fanouts(folder)
+
+
 def test_ratios_where_both_answered_leave_malformed_answers_out(tmp_path):
     rows = [
         row(method, values) | {"per_query": {"composite": values, "relevant": values, "groundedness": said}}

@@ -139,11 +139,29 @@ def test_a_small_folder_of_ones_own_goes_through_all_steps(tmp_path):
     asked = [f"{config},data={folder}", *flags, f"--workdir={tmp_path / 'run'}"]
     write_warm_pairs(tmp_path / "run")
     asked += ["--config.reward.depth=20", "--config.evaluation.depth=40", "--config.evaluation.latency=()"]
-    for name in ("run", "evaluate"):
-        together(["-m", f"experiments.{name}", *asked], count=1)
+    folders = ("warm", "folm", "diffusion", "regressor")
+    swept = ["evaluate", f"--checkpoints={','.join(folders)}"]
+    for name, *more in (["run"], swept, ["evaluate"]):
+        together(["-m", f"experiments.{name}", *asked, *more], count=1)
     rows = {row["method"]: row for row in read_rows(tmp_path / "run" / "results.jsonl")}
     assert rows["no fan-out"]["recall"] == rows["random pool"]["recall"] == 1  # 3 x 40 of 90 contents
     assert 0 < rows["R4T-Diffusion"]["recall"] <= 1 and len(rows) > 12
+    # Every checkpoint that is kept has its row, once; the report shows them.
+    steps = {
+        f: [int(p.name) for p in (tmp_path / "run" / "seed_0" / f / "checkpoints").glob("[0-9]*")]
+        for f in folders
+    }
+    whole = (path := tmp_path / "run" / "checkpoints.jsonl").read_text()
+    found = [(row["folder"], row["step"]) for row in read_rows(path)]
+    assert found == [(f, step) for f in folders for step in sorted(steps[f])] and min(
+        map(len, steps.values())
+    )
+    (said,) = together(["-m", f"experiments.{swept[0]}", *asked, *swept[1:]], count=1)
+    assert path.read_text() == whole and "step" not in said
+    read = fanout_rows.read_fanouts(tmp_path / "run")
+    last = {row["folder"]: row for row in read.checkpoints}
+    assert all(0 < last[f]["recall"] <= 1 for f in folders if last[f]["valid"])
+    assert "validation queries:" in fanout_report.text_report(read)
 
 
 @pytest.mark.smollm2

@@ -20,7 +20,7 @@ from genret.training import processes
 SOON = 5.0  # seconds in which a process may come to its own end
 _patient = _hearing = False
 _asked: float | None = None  # when SIGTERM came, or when what it had to wait for was over
-_calls = 0
+_handled = _calls = 0
 
 
 class Preempted(BaseException):
@@ -46,13 +46,17 @@ def listen() -> None:
 
 def _hear(signals: socket.socket) -> None:
     """Python's handlers wait for the main thread, which may be in a call for minutes; these bytes do not."""
+    seen = _handled
     while True:
-        if signal.SIGTERM in signals.recv(64):
-            _heard()
-        while came():
-            if _asked is not None and not _patient and time.monotonic() - _asked > SOON:
+        if signal.SIGTERM not in signals.recv(64):
+            continue
+        began = time.monotonic()
+        while _handled == seen or came():
+            since = began if _asked is None else _asked
+            if not _patient and time.monotonic() - since > SOON:
                 _end()
             time.sleep(0.2)
+        seen = _handled
 
 
 def _alone() -> None:
@@ -90,13 +94,10 @@ def over() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _heard() -> None:
-    global _asked
-    _asked = time.monotonic() if _asked is None else _asked
-
-
 def _note(*_) -> None:
-    _heard()
+    global _asked, _handled
+    _asked = time.monotonic() if _asked is None else _asked
+    _handled += 1
     if not _patient and not processes.several():
         signal.alarm(1)  # once more in a second: what is raised inside a __del__ is lost
         raise Preempted

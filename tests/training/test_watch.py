@@ -66,7 +66,7 @@ def test_sigterm_ends_all_where_none_of_them_asks_for_it(tmp_path, asked):
 def test_sigterm_waits_for_what_has_to_be_finished(tmp_path):
     """Process 1 saves for longer than the watch would wait, and then all agree to end."""
     body = """
-from genret.training import processes
+from genret.training import preemption
 with preemption.patience():
     (workdir / f"at_{index}").write_text("here")
     time.sleep(2 * preemption.SOON if index else 1)
@@ -78,6 +78,39 @@ with preemption.patience():
     said = [process.communicate(timeout=30) for process in started]
     assert [process.returncode for process in started] == [processes.AGAIN, 0], said
     assert all((tmp_path / f"saved_{i}").exists() for i in (0, 1))
+
+
+def test_sigterm_is_heard_while_devices_are_opened(tmp_path):
+    """JAX holds a lock then, for which a handler that asks for devices would wait for ever."""
+    body = """
+import signal
+from jax._src import xla_bridge
+from genret.training import preemption
+with xla_bridge._backend_lock:
+    if index: signal.raise_signal(signal.SIGTERM)
+preemption.leave_if_due()
+"""
+    started = begin(command(body, tmp_path), count=2)
+    said = [process.communicate(timeout=60) for process in started]
+    assert [process.returncode for process in started] == [processes.AGAIN, 0], said
+
+
+def test_one_process_in_a_call_that_no_handler_interrupts_ends_well_too(tmp_path, monkeypatch):
+    """A compiler's, say; under a script with the status that the script has asked for."""
+    body = """
+import hashlib
+(workdir / f"at_{index}").write_text("here")
+hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+"""
+    for wanted in (0, 75):
+        if wanted:
+            monkeypatch.setenv("GENRET_PREEMPTED", str(wanted))
+        (folder := tmp_path / str(wanted)).mkdir()
+        started = begin(command(body, folder), count=1)
+        all_at(folder, started)
+        started[0].terminate()
+        out, said = started[0].communicate(timeout=20)
+        assert (started[0].returncode, out.count("SIGTERM: what is finished is saved")) == (wanted, 1), said
 
 
 @pytest.mark.parametrize("wrong", [0, 2])
