@@ -121,7 +121,9 @@ def _multihost_flags() -> tuple[flags.FlagHolder, ...]:
     )
 
 
-_UNWRITABLE = errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG
+_UNWRITABLE = (
+    errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
+)  # fmt: skip
 
 
 def one_line(error: BaseException) -> str | None:
