@@ -14,20 +14,35 @@ import numpy as np
 
 from genret.types import Array, InputError
 
-# Cosines held at once, whatever the number of cells: 64 MiB.
-_SCORES = 1 << 24
+# Cosines held at once, whatever the number of cells: 16 MiB, since C libraries give
+# much larger blocks back to the system, to be mapped again.
+_SCORES = 1 << 22
 
 
 @jax.jit
-def _nearest(rows: Array, centroids: Array) -> tuple[Array, Array]:
+def _cosines(rows: Array, centroids: Array) -> Array:
     # Full float32: TF32 or bfloat16 would move rows between close cells and break monotony.
-    cosines = jnp.dot(rows, centroids.T, precision=jax.lax.Precision.HIGHEST)  # [block, P]
+    return jnp.dot(rows, centroids.T, precision=jax.lax.Precision.HIGHEST)  # [block, P]
+
+
+@jax.jit
+def _nearest_on_device(rows: Array, centroids: Array) -> tuple[Array, Array]:
+    cosines = _cosines(rows, centroids)
     return jnp.argmax(cosines, axis=1).astype(jnp.int32), jnp.max(cosines, axis=1)
+
+
+def _nearest(rows: np.ndarray, centroids: Array) -> tuple[Array, Array] | tuple[np.ndarray, np.ndarray]:
+    if jax.default_backend() != "cpu":
+        return _nearest_on_device(rows, centroids)
+    return _best(np.asarray(_cosines(rows, centroids)))  # XLA's argmax takes longer than the product
 
 
 def _nearest_here(rows: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The same in NumPy, for many small problems of as many shapes: nothing is compiled."""
-    cosines = rows @ centroids.T
+    return _best(rows @ centroids.T)
+
+
+def _best(cosines: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     best = cosines.argmax(1)
     return best.astype(np.int32), np.take_along_axis(cosines, best[:, None], 1)[:, 0]
 
