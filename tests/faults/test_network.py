@@ -57,10 +57,11 @@ def test_a_host_that_loses_its_network_ends_both_by_name_within_a_minute(tmp_pat
     """Nothing tells a process of it but probes that nobody answers."""
     flags = [*command(WAYS[way], tmp_path), "--multihost"]
     flags += ["--coordinator=10.213.0.1:8476", "--num_processes=2"]
+    environment = os.environ | ENVIRONMENT | {"XLA_FLAGS": ""}  # a device each
     started = [
         subprocess.Popen(
             ["ip", "netns", "exec", name, sys.executable, *flags, f"--process_id={i}"],
-            cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for i, name in enumerate(hosts)
     ]  # fmt: skip
