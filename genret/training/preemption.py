@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import socket
 import threading
@@ -18,9 +19,10 @@ from collections.abc import Callable, Iterator
 from genret.training import processes
 
 SOON = 5.0  # seconds in which a process may come to its own end
-_patient = _hearing = False
+_signals: socket.socket | None = None
+_patient = False
 _asked: float | None = None  # when SIGTERM came, or when what it had to wait for was over
-_handled = _calls = 0
+_calls = 0
 
 
 class Preempted(BaseException):
@@ -32,31 +34,38 @@ class Preempted(BaseException):
 
 def listen() -> None:
     """From here on SIGTERM raises Preempted: now, or under `patience` at its end. For the main thread."""
-    global _hearing
+    global _signals
     forget()
     signal.signal(signal.SIGTERM, _note)
     signal.signal(signal.SIGALRM, _note)
-    if not _hearing:
-        signals, written = socket.socketpair()
-        written.setblocking(False)
+    if _signals is None:
+        _signals, written = socket.socketpair()
+        for end in (_signals, written):
+            end.setblocking(False)
         signal.set_wakeup_fd(written.detach(), warn_on_full_buffer=False)
-        threading.Thread(target=_hear, args=(signals,), name="SIGTERM", daemon=True).start()
-        _hearing = True
+        threading.Thread(target=_hear, name="SIGTERM", daemon=True).start()
 
 
-def _hear(signals: socket.socket) -> None:
-    """Python's handlers wait for the main thread, which may be in a call for minutes; these bytes do not."""
-    seen = _handled
+def _hear() -> None:
+    """Python's handlers wait for the main thread, which may be in a call for minutes; their bytes do not."""
     while True:
-        if signal.SIGTERM not in signals.recv(64):
-            continue
+        select.select([_signals], [], [])
         began = time.monotonic()
-        while _handled == seen or came():
+        while _unread() or came():
             since = began if _asked is None else _asked
             if not _patient and time.monotonic() - since > SOON:
                 _end()
             time.sleep(0.2)
-        seen = _handled
+
+
+def _unread() -> bool:
+    """Whether SIGTERM came and our handler, which reads these bytes, has not run yet."""
+    with contextlib.suppress(BlockingIOError):
+        found = _signals.recv(64, socket.MSG_PEEK)
+        if signal.SIGTERM in found and signal.getsignal(signal.SIGTERM) is _note:
+            return True
+        _signals.recv(len(found))
+    return False
 
 
 def _alone() -> None:
@@ -95,9 +104,11 @@ def over() -> None:
 
 
 def _note(*_) -> None:
-    global _asked, _handled
+    global _asked
     _asked = time.monotonic() if _asked is None else _asked
-    _handled += 1
+    with contextlib.suppress(BlockingIOError):
+        while _signals.recv(64):
+            pass
     if not _patient and not processes.several():
         signal.alarm(1)  # once more in a second: what is raised inside a __del__ is lost
         raise Preempted
