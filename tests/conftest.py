@@ -7,6 +7,7 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.pop("GENRET_PREEMPTED", None)  # of launch/test.sh, for scripts' sake
 
 import jax
 import pytest

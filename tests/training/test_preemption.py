@@ -2,6 +2,8 @@
 
 import json
 import signal
+import subprocess
+import sys
 import time
 
 import jax
@@ -96,3 +98,26 @@ def test_what_comes_inside_a_finaliser_is_raised_after_it():
     Closing()
     with pytest.raises(Preempted):
         time.sleep(10)
+
+
+def test_signals_that_were_met_and_forgotten_end_nothing_later():
+    """Two at once, whose bytes are read when both have been dealt with, and one that another handler met."""
+    code = """
+import random, signal, time
+from genret.training import preemption
+preemption.SOON = 0.5
+preemption.listen()
+for _ in range(3000):
+    for _ in range(2):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except preemption.Preempted:
+            preemption.forget()
+    time.sleep(random.random() * 1e-3)
+signal.signal(signal.SIGTERM, lambda *_: None)
+signal.raise_signal(signal.SIGTERM)
+time.sleep(1.5)
+print("alive")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
