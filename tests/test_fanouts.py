@@ -264,7 +264,7 @@ def test_a_set_is_chosen_by_its_contents_where_only_they_count(references):
     params = retriever.init(jax.random.key(0))
     for rows in (2, 5):
         model = SetRetriever(retriever, params, edm.plain_space(run.data.width, 0), rows)
-        run.config.k, run.model = 2, lambda _, model=model: model
+        run.config.k, run.model = 2, lambda _, step=None, model=model: model
         line = next(m for m in fanouts.all_methods(run) if m.name.endswith("DPM-Solver++ 4"))
         made = line.run(np.arange(3), 0)
         assert made.vectors.shape == (3, 2, run.data.width)
@@ -293,7 +293,7 @@ def test_two_answers_of_a_language_model_may_be_chosen_among_alike(monkeypatch):
     np.testing.assert_array_equal(made.vectors[0], run.data.embeddings[[1, 0]])
     assert not made.vectors[2].any()
     told = small_run([np.array([0, 2])] * 3)
-    told.trained, told.model = lambda folder: None, lambda folder: None
+    told.trained, told.model = lambda folder: None, lambda folder, step=None: None
     assert fanouts.OF_TWO not in [m.name for m in fanouts.all_methods(told)]
 
 
