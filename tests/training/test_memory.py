@@ -11,7 +11,7 @@ import pytest
 from genret.training import memory
 
 CODE = """
-import resource
+import resource, time
 from genret.training import memory
 assert memory.one_heap()
 import jax, jax.numpy as jnp
@@ -30,6 +30,7 @@ def count(calls, look=lambda out: None):
 with memory.kept() as look:
     count(20, look)  # a heap may take some steps until it has holes enough
     inside = count(8)
+    time.sleep(0.5)  # a step's memory is freed a moment after its result is there
     held = resident()
 print(inside, held - resident())
 """
