@@ -23,12 +23,20 @@ _WORTH = 8 << 20
 
 
 def peak() -> str:
-    """In words: the most host memory that this process has held so far. (Its workers are left out: the system
-    counts what this one held when they began as theirs.)"""
+    """In words: the most host memory that this process has held so far, its workers left out."""
+    return f"peak host memory {_peak() / 2**30:.2f} GiB"
+
+
+def _peak() -> int:
+    """Bytes. On Linux what getrusage(2) answers may be of the process that started this one."""
+    if os.path.exists("/proc/self/status"):
+        with open("/proc/self/status") as f:
+            for name, _, value in (line.partition(":") for line in f):
+                if name == "VmHWM":
+                    return int(value.split()[0]) * 1024
     from resource import RUSAGE_SELF, getrusage  # not on Windows
 
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-    return f"peak host memory {unit * getrusage(RUSAGE_SELF).ru_maxrss / 2**30:.2f} GiB"
+    return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def one_heap() -> bool:
