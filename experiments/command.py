@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shlex
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,28 @@ def _unless_abandoned(show: Callable[[Any], None]) -> Callable[[Any], None]:
             show(found)
 
     return hook
+
+
+def regex(flag: str, pattern: str) -> re.Pattern:
+    """Raises InputError for what is no regular expression."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        problem = f"{pattern!r} is no regular expression ({error})"
+        raise InputError(flag, problem, "quote special characters") from error
+
+
+def matching(flag: str, pattern: str, names: Iterable[str], of: str, more: str = "") -> list[str]:
+    """The names in which the regular expression is found; of: what has them, a line, a stage, a method;
+    more: added to the list of all.
+
+    Raises InputError for what is none, and for one that is found nowhere.
+    """
+    wanted, names = regex(flag, pattern), list(names)
+    found = [name for name in names if wanted.search(name)]
+    if not found:
+        raise InputError(flag, f"{pattern!r} is in no {of}'s name", f"use some of: {', '.join(names)}{more}")
+    return found
 
 
 def tell_overrides(config: ConfigDict, overrides: dict[str, Any]) -> None:

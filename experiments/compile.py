@@ -22,7 +22,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from experiments.abstract import abstract_fanout_run, abstract_run
-from experiments.command import launch
+from experiments.command import launch, matching
 from experiments.workdir import write_text
 from genret.training import mesh as meshes
 from genret.training.log import counted_flops
@@ -145,25 +145,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _chosen(stages: Iterable[Stage], only: str) -> list[Stage]:
-    """Raises InputError for a pattern that is none or finds nothing."""
-    stages = list(stages)
-    try:
-        found = [stage for stage in stages if re.search(only, stage.name)]
-    except re.error as error:
-        raise InputError("--only", f"{only!r} is no pattern ({error})", "quote special characters") from error
-    if not found:
-        fix = f"use some of {', '.join(stage.name for stage in stages)}"
-        raise InputError("--only", f"{only!r} is in no stage's name", fix)
-    return found
-
-
 def main(config: ConfigDict, topology: str, only: str, output: str) -> None:
     """Every stage of `config` whose name `only` is found in, one after the other."""
     jax.config.update("jax_platforms", "cpu")  # nothing runs elsewhere
     mesh = meshes.make_mesh(**config.mesh, devices=devices_of(topology))
     run = abstract_fanout_run(config) if "fanout" in config else abstract_run(config, mesh=mesh)
-    found = _chosen(run.stages(), only)
+    stages = {stage.name: stage for stage in run.stages()}
+    found = [stages[name] for name in matching("--only", only, stages, "stage")]
     kind, shape = mesh.devices.flat[0].device_kind, dict(mesh.shape)
     print(f"{mesh.size} x {kind}, mesh {' x '.join(f'{n} {size}' for n, size in shape.items())}", flush=True)
     rows = []

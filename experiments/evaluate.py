@@ -13,7 +13,6 @@ so it can be killed and started again; SIGTERM ends it with status 0.
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -21,7 +20,7 @@ from ml_collections import ConfigDict
 from experiments import fanouts, r4t
 from experiments.catalogues import open_catalogue
 from experiments.checkpoints import sweep
-from experiments.command import launch
+from experiments.command import launch, matching, regex
 from experiments.modit import Run, open_run
 from experiments.workdir import alone, append_rows, read_json, read_rows, same_run, write_text
 from genret.modit.protocol import evaluate
@@ -35,13 +34,14 @@ from genret.types import InputError
 
 def evaluate_run(run: Run, results: Path, methods: str = "") -> None:
     """Every method of one seed that has no rows yet; methods: only those with a match of this regular
-    expression in "table: name". Raises InputError for one that cannot be read."""
+    expression in "table: name". Raises InputError for one that is none, or matches nothing."""
     finished = run.folder / "evaluated.json"  # lets a finished seed be passed over unopened
     done, tables = _methods(results, run.seed), sorted(run.config.ablations)
     if not methods and finished.exists() and read_json(finished) == [tables, done]:
         return
-    wanted = _pattern(methods)
-    asked = [m for m in run.methods() if m.name not in done and wanted.search(f"{m.table}: {m.name}")]
+    named = {f"{m.table}: {m.name}": m for m in run.methods()}
+    wanted = [named[name] for name in matching("--methods", methods, named, "method")]
+    asked = [m for m in wanted if m.name not in done]
     e, catalogue = run.config.evaluation, run.catalogue
     report = run.folder / "predictor_report.json"
     if asked or not report.exists():
@@ -68,40 +68,35 @@ def _methods(results: Path, seed: int) -> list[str]:
     return list(dict.fromkeys(row["method"] for row in read_rows(results) if row["seed"] == seed))
 
 
-def _pattern(methods: str) -> re.Pattern:
-    try:
-        return re.compile(methods)
-    except re.error as error:
-        raise InputError("--methods", f"is no regular expression ({error})", "see Python's re") from None
-
-
 def main(
     config: ConfigDict, workdir: Path, methods: str, checkpoints: str, follow: bool, follow_seconds: float
 ) -> None:
     """Every seed of `config`."""
-    if follow and not checkpoints:
+    folders = [name for name in checkpoints.split(",") if name]
+    if checkpoints and not folders:
+        raise InputError("--checkpoints", f"{checkpoints!r} names no folder", "give --checkpoints=sft,hppo")
+    if follow and not folders:
         raise InputError("--follow", "follows the checkpoints of stages", "give --checkpoints=sft")
     if follow and not follow_seconds > 0:
         raise InputError("--follow_seconds", f"{follow_seconds} is no time", "give some seconds")
     if follow and processes.several():  # each would see a checkpoint at another moment
         raise InputError("--follow", "watches with one process", "leave out --multihost")
-    _pattern(methods)  # said before anything is opened
+    regex("--methods", methods)  # said before anything is opened
     with alone(workdir, "evaluate"):
-        _evaluate(config, workdir, methods, checkpoints, follow_seconds if follow else None)
+        _evaluate(config, workdir, methods, folders, follow_seconds if follow else None)
     print(peak(), flush=True)
 
 
 def _evaluate(
-    config: ConfigDict, workdir: Path, methods: str, checkpoints: str, follow: float | None
+    config: ConfigDict, workdir: Path, methods: str, folders: list[str], follow: float | None
 ) -> None:
-    folders = list(filter(None, checkpoints.split(",")))
     if "fanout" in config:
-        runs, wanted = r4t.open_runs(config, workdir), _pattern(methods)
+        runs = r4t.open_runs(config, workdir)
         if folders:
             return sweep(list(runs), folders, workdir / "checkpoints.jsonl", follow)
         for run in runs:
             _is_trained(run)
-            fanouts.evaluate_run(run, workdir / "results.jsonl", lambda name: bool(wanted.search(name)))
+            fanouts.evaluate_run(run, workdir / "results.jsonl", methods)
             fanouts.time_run(run, workdir / "latency.jsonl")
         return
     catalogue = open_catalogue(config.catalogue)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
+from experiments.command import matching
 from experiments.workdir import append_rows, read_rows
 from genret.diffusion.edm import SIGMA_MAX, SIGMA_MIN
 from genret.diffusion.retriever import Method
@@ -309,13 +310,15 @@ def asked_rows(run: FanoutRun, part: str = "") -> np.ndarray:
     return rows
 
 
-def evaluate_run(run: FanoutRun, results: Path, wanted: Callable[[str], bool]) -> None:
-    """One row per method of one seed that has none yet on this part of the queries."""
+def evaluate_run(run: FanoutRun, results: Path, methods: str = "") -> None:
+    """One row per method of one seed that has none yet on this part of the queries; methods: only those with
+    a match of this regular expression. Raises InputError for one that is none, or matches nothing."""
     rows, e = asked_rows(run), run.config.evaluation
     again = rows[: e.repeated or None]
     seen = [row for row in read_rows(results) if row["seed"] == run.seed]
     done = {row["method"] for row in seen if row.get("part", PARTS[0]) == e.part}
-    asked = [m for m in all_methods(run) if m.name not in done and wanted(m.name)]
+    named = {m.name: m for m in all_methods(run)}
+    asked = [named[n] for n in matching("--methods", methods, named, "method") if n not in done]
     progress = Progress(f"evaluate seed {run.seed}", len(asked))
     for i, method in enumerate(asked):
         # All draws at once: a batch of another size would be compiled. Who does not draw answers as before.

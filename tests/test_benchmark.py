@@ -134,7 +134,7 @@ def test_a_decoder_costs_what_xla_counts():
 def test_an_unknown_line_is_refused_with_the_known_ones():
     with pytest.raises(InputError, match="train sft.*--peers"):
         benchmark.chosen("no such line", False)
-    with pytest.raises(InputError, match="no pattern"):
+    with pytest.raises(InputError, match="no regular expression"):
         benchmark.chosen("(", False)
     assert list(benchmark.chosen("exact", False)) == ["search exact"]
 

@@ -133,6 +133,8 @@ def test_a_folder_that_is_not_there_is_said(run, tmp_path):
         evaluate.main(run.config, tmp_path, "", "", False, 5.0)
     with pytest.raises(InputError, match="--follow"):
         evaluate.main(run.config, tmp_path, "", "", True, 5.0)
+    with pytest.raises(InputError, match="--checkpoints: ',' names no folder"):
+        evaluate.main(run.config, tmp_path, "", ",", False, 5.0)
     with pytest.raises(InputError, match="no regular expression"):
         evaluate.main(run.config, tmp_path, "(", "", False, 5.0)
 
@@ -150,7 +152,8 @@ def test_methods_are_chosen_by_table_and_name(run, tmp_path):
     assert len(read_rows(results)) == 16 and json.loads((one.folder / "predictor_report.json").read_text())
     whole = results.read_bytes()
     evaluate.evaluate_run(one, results, "mean$")  # there already
-    evaluate.evaluate_run(one, results, "^order: ")  # none
+    with pytest.raises(InputError, match="--methods: '.order: ' is in no method's name"):
+        evaluate.evaluate_run(one, results, "^order: ")
     assert results.read_bytes() == whole and not (one.folder / "evaluated.json").exists()
 
 

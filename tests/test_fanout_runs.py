@@ -200,6 +200,6 @@ def test_a_whole_run_and_a_second_one_that_does_nothing(tmp_path):
     # A second run finds everything done, on other devices as well.
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.jsonl")}
     one.train()
-    fanouts.evaluate_run(one, folder / "results.jsonl", lambda name: True)
+    fanouts.evaluate_run(one, folder / "results.jsonl")
     fanouts.time_run(one, folder / "latency.jsonl")
     assert before == {p: p.stat().st_mtime_ns for p in before}

@@ -20,6 +20,7 @@ from genret.r4t import stages
 from genret.r4t.fanout import SetRetriever
 from genret.r4t.rewards import Rewards
 from genret.retrieval.index import ExactIndex
+from genret.types import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -156,7 +157,7 @@ def test_every_method_has_both_vendis_and_each_part_its_rows(tmp_path, monkeypat
     path = tmp_path / "results.jsonl"
     for part in ("test", "test", "validation"):  # the second has nothing to do
         run.config.evaluation.part = part
-        fanouts.evaluate_run(run, path, lambda _: True)
+        fanouts.evaluate_run(run, path)
     assert calls == [
         ("drawn", [0, 2, 0, 0]), ("fixed", [0, 2]), ("drawn", [1, 1, 1]), ("fixed", [1])
     ]  # fmt: skip
@@ -176,7 +177,13 @@ def test_every_method_has_both_vendis_and_each_part_its_rows(tmp_path, monkeypat
     # Rows of runs before there were parts are of test queries.
     path.write_text("".join(json.dumps({k: v for k, v in r.items() if k != "part"}) + "\n" for r in rows[:2]))
     run.config.evaluation.part = "test"
-    fanouts.evaluate_run(run, path, lambda _: pytest.fail("asked again"))
+    asked = len(calls)
+    fanouts.evaluate_run(run, path)
+    assert len(calls) == asked
+    fanouts.evaluate_run(run, tmp_path / "some.jsonl", "^fix")
+    assert [name for name, _ in calls[asked:]] == ["fixed"]
+    with pytest.raises(InputError, match="'none' is in no method's name. use some of: drawn, fixed"):
+        fanouts.evaluate_run(run, path, "none")
 
 
 def test_best_of_n_by_the_references_is_an_oracle_and_says_so():

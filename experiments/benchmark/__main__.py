@@ -27,7 +27,7 @@ from experiments.benchmark import language
 from experiments.benchmark import lines as core
 from experiments.benchmark.measure import Work, environment, machine_of, matmul_work, measure, table
 from experiments.benchmark.world import SCALES, World
-from experiments.command import launch
+from experiments.command import launch, matching
 from experiments.workdir import write_text
 from genret.types import InputError
 
@@ -46,14 +46,8 @@ def chosen(only: str, peers: bool) -> dict[str, Callable[[World], Work]]:
 
         rivals.require()
         lines = rivals.LINES | lines
-    try:
-        found = {name: make for name, make in lines.items() if re.search(only, name)}
-    except re.error as error:
-        raise InputError("--only", f"{only!r} is no pattern ({error})", "quote special characters") from error
-    if not found:
-        fix = f"use some of: {', '.join(lines)}" + ("" if peers else "; more with --peers")
-        raise InputError("--only", f"{only!r} is in no line's name", fix)
-    return found
+    more = "" if peers else "; more with --peers"
+    return {name: lines[name] for name in matching("--only", only, lines, "line", more)}
 
 
 def compare(rows: list[dict[str, Any]]) -> None:
