@@ -25,7 +25,7 @@ from genret.modit.softmax import most_positives
 from genret.r4t import stages as sets
 from genret.r4t.fanout import SDE_STEPS, network_calls
 from genret.r4t.synthesis import SyntheticSets
-from genret.retrieval.index import ExactIndex, Index, recall_by_score, scann_index, search_rows
+from genret.retrieval.index import QUERIES, ExactIndex, Index, recall_by_score, scann_index, search_rows
 from genret.retrieval.scoring import Scorer
 from genret.training import memory
 from genret.training import mesh as meshes
@@ -232,20 +232,21 @@ def score(world: World) -> Work:
         exclude=rng.integers(0, len(data.embeddings), (contexts, SEEDS)),
     )  # fmt: skip
     count, index = contexts * 16, scorer.index
-    blocks, passes = len(index.rows) // index.block, -(-count // scorer.block)
     return Work(
         lambda: scorer(candidates, **asked),
         f"{count} candidates against {len(data.embeddings)} x {world.width}, K {scorer.k}", count,
         "candidates",
         float(count * scorer.flops), "2 n D per candidate", _search_flops(index, count, scorer.k + SEEDS),
-        4.0 * index.rows.size * passes, "the corpus once per block of candidates",
-        {"note": f"{blocks} corpus block(s)"},
+        4.0 * index.rows.size * -(-count // QUERIES), SEARCHED,
     )  # fmt: skip
 
 
 def synthetic_noise(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     """Gaussian f32 of about unit norm along the last axis."""
     return rng.standard_normal(shape, np.float32) / np.float32(shape[-1] ** 0.5)
+
+
+SEARCHED = f"the corpus once per {QUERIES} queries"
 
 
 def _search_flops(index: ExactIndex, count: int, k: int) -> float:
@@ -271,11 +272,10 @@ def search_exact(world: World) -> Work:
     index = ExactIndex(world.vectors, mesh=world.mesh)
     jax.block_until_ready(index.rows)
     built, q = time.perf_counter() - began, len(world.queries)
-    passes = -(-q // index.query_block)
     return _search(
         world, index, built, flops=2.0 * q * world.vectors.size, formula="2 n D per query",
-        counted=_search_flops(index, q, world.scale.depth), bytes=4.0 * index.rows.size * passes,
-        traffic="the corpus once per block of queries",
+        counted=_search_flops(index, q, world.scale.depth),
+        bytes=4.0 * index.rows.size * -(-q // QUERIES), traffic=SEARCHED,
     )  # fmt: skip
 
 

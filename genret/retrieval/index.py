@@ -24,6 +24,9 @@ CHUNK = 64
 # then round alike for every block size (measured on CPU): ids depend on neither mesh nor batch.
 ALIGN = 128
 MIN_QUERIES = 32
+# Queries that go through the corpus together: with their scores of half a million items at a time a CPU is
+# fastest, be the corpus of 10k or 400k, since every selection is of the whole row.
+QUERIES = 128
 TREE = 100_000  # items from which ScaNN has a tree
 # Of a tree's leaves, and candidates rescored per neighbour, where items look for items.
 OWN_LEAVES, OWN_RESCORED = 0.04, 8
@@ -45,8 +48,8 @@ class ExactIndex:
     embeddings: float[N, D], any finite values; the rows of the devices that are here are read and checked.
     mesh: all its devices share the corpus, whatever the axes are called, and the ids are the same
         for every mesh; None: the first device of this process.
-    query_block, corpus_block: largest block of either; peak memory on a device is about
-        4 * query_block * corpus_block bytes beside the corpus, so [Q, N] never exists.
+    query_block: most queries that are sent to the devices at a time. corpus_block: most items whose scores
+        with 128 of them a device holds, in 512 * corpus_block bytes: [Q, N] never exists.
 
     Raises InputError if the embeddings are not a finite float matrix.
     """
@@ -59,7 +62,7 @@ class ExactIndex:
         *,
         mesh: Mesh | None = None,
         query_block: int = 1024,
-        corpus_block: int = 65_536,
+        corpus_block: int = 524_288,
     ):
         embeddings = _checked_matrix(embeddings)
         self.num_items, self.width = embeddings.shape
@@ -108,29 +111,33 @@ def search_rows(
     queries: Array, rows: Array, *, k: int, num_items: int, block: int, mesh: Mesh
 ) -> tuple[Array, Array]:
     """queries f32[q, D], rows f32[devices * n, D] sharded -> ids i32[q, k], scores f32[q, k]."""
-    axes = mesh.axis_names
+    axes, (count, width) = mesh.axis_names, queries.shape
+    some = min(count, QUERIES)
+    queries = jnp.pad(queries, ((0, -count % some), (0, 0))).reshape(-1, some, width)
 
     def on_each_device(queries: Array, rows: Array) -> tuple[Array, Array]:
         first = jax.lax.axis_index(axes) * len(rows)
+        blocks = rows.reshape(-1, block, width)
 
-        def merge(best: tuple[Array, Array], numbered: tuple[Array, Array]):
-            number, rows = numbered
-            start = first + number * block
-            scores = jnp.matmul(queries, rows.T, precision=jax.lax.Precision.HIGHEST)
-            is_real = start + jnp.arange(block) < num_items
-            scores, offsets = top_k(jnp.where(is_real, scores, -jnp.inf), min(k, block))
-            # The running best first: its ids are lower, and of equals top_k takes the earlier.
-            scores = jnp.concatenate([best[0], scores], axis=1)
-            ids = jnp.concatenate([best[1], start + offsets], axis=1)
-            return _best(scores, ids, k), None
+        def search(queries: Array) -> tuple[Array, Array]:
+            def merge(best: tuple[Array, Array], numbered: tuple[Array, Array]):
+                number, rows = numbered
+                start = first + number * block
+                scores = jnp.matmul(queries, rows.T, precision=jax.lax.Precision.HIGHEST)
+                scores, offsets = top_k(scores, min(k, block), num_items - start)
+                # The running best first: its ids are lower, and of equals top_k takes the earlier.
+                scores = jnp.concatenate([best[0], scores], axis=1)
+                ids = jnp.concatenate([best[1], start + offsets], axis=1)
+                return _best(scores, ids, k), None
 
-        blocks = rows.reshape(-1, block, rows.shape[1])
-        shape = (len(queries), k)
-        none = jnp.full(shape, -jnp.inf), jnp.full(shape, num_items, jnp.int32)
-        best, _ = jax.lax.scan(merge, none, (jnp.arange(len(blocks)), blocks))
+            none = jnp.full((some, k), -jnp.inf), jnp.full((some, k), num_items, jnp.int32)
+            best, _ = jax.lax.scan(merge, none, (jnp.arange(len(blocks)), blocks))
+            return best
+
+        best = jax.tree.map(lambda x: x.reshape(-1, k), jax.lax.map(search, queries))
         scores, ids = jax.lax.all_gather(best, axes, axis=1, tiled=True)  # [q, devices * k]
         scores, ids = _best(scores, ids, k)
-        return ids, scores
+        return ids[:count], scores[:count]
 
     # The gathered candidates are the same on every device, which the checker cannot see.
     search = jax.shard_map(on_each_device, mesh=mesh, in_specs=(P(), P(axes)), out_specs=P(), check_vma=False)
@@ -142,23 +149,28 @@ def _best(scores: Array, ids: Array, k: int) -> tuple[Array, Array]:
     return scores, jnp.take_along_axis(ids, at, axis=1)
 
 
-def top_k(scores: Array, k: int) -> tuple[Array, Array]:
+def top_k(scores: Array, k: int, real: Array | int | None = None) -> tuple[Array, Array]:
     """`jax.lax.top_k` of scores f32[q, n], the same values, indices and ties, for long rows.
 
-    Chunk maxima are one vectorised pass; then only the k chunks with the largest maxima compete.
-    It is exact: order items by (score descending, index ascending) and chunks by their best item,
-    which is (maximum descending, chunk ascending) because chunks are contiguous. If an item of the
-    top k lay in a chunk not chosen, the best items of the k chosen chunks would all precede it.
+    real: only so many columns, the first, count; of others the values are -inf.
+
+    Chunk maxima are one vectorised pass; then only the chunks with the largest maxima compete. It is exact:
+    order items by (score descending, index ascending) and chunks by their best item, which is (maximum
+    descending, chunk ascending) because chunks are contiguous. If an item of the top k lay in a chunk not
+    chosen, the best items of the k chosen chunks would all precede it. One more is chosen, in place of the
+    one chunk whose maximum may be of a column that does not count.
     """
     q, n = scores.shape
-    if n % CHUNK or k * CHUNK >= n:  # every chunk would be chosen
-        return jax.lax.top_k(scores, k)
+    real = n if real is None else real
+    if n % CHUNK or (k + 1) * CHUNK >= n:  # every chunk would be chosen
+        return jax.lax.top_k(jnp.where(jnp.arange(n) < real, scores, -jnp.inf), k)
     chunks = scores.reshape(q, n // CHUNK, CHUNK)
-    _, chosen = jax.lax.top_k(chunks.max(axis=2), k)
+    maxima = jnp.where(jnp.arange(0, n, CHUNK) < real, chunks.max(axis=2), -jnp.inf)
+    _, chosen = jax.lax.top_k(maxima, k + 1)
     chosen = jnp.sort(chosen, axis=1)  # candidates in index order, so that ties stay right
-    candidates = jnp.take_along_axis(chunks, chosen[:, :, None], axis=1).reshape(q, k * CHUNK)
-    scores, at = jax.lax.top_k(candidates, k)
-    return scores, jnp.take_along_axis(chosen, at // CHUNK, axis=1) * CHUNK + at % CHUNK
+    candidates = jnp.take_along_axis(chunks, chosen[:, :, None], axis=1).reshape(q, (k + 1) * CHUNK)
+    at = (chosen[:, :, None] * CHUNK + jnp.arange(CHUNK)).reshape(candidates.shape)
+    return _best(jnp.where(at < real, candidates, -jnp.inf), at, k)
 
 
 @dataclass(frozen=True)
