@@ -45,8 +45,9 @@ CELL = 5  # times its mean size: the largest latent cell (measured: 2 to 3.4 on 
 
 
 class Sizes(NamedTuple):
-    """Of a catalogue and what is fitted on it: items N, width D, attributes M, training items, and items of
-    the largest latent cell, which bounds the positives of the retrieval-aware term."""
+    """Of a catalogue and what is fitted on it: items N, width D, attributes M, training items, and the most
+    items of a latent cell with one attribute, which the retrieval-aware term reads: those of the largest, if
+    it is not known."""
 
     items: int
     width: int
@@ -101,7 +102,7 @@ class AbstractRun(Run):
         n, d, m, train, cell = self.sizes
         members = np.arange(cell, dtype=np.int32)[None]
         cells = tr.Cells(members, _same(0, 1, n, dtype=np.int32), np.zeros(1, np.int32))
-        density, seen = _same(0, m, n), _same(-1, m, n, dtype=np.int8)
+        density, seen = _same(0, m, n), _same(1, m, n, dtype=np.int8)  # as many positives as there can be
         data = stages.TrainingSet(
             _same(d**-0.5, n, d), np.arange(train), density, seen == 1, cells,
             _same(0, n, 1, dtype=np.int32), tr.fit_tails(cells, density, seen),

@@ -101,14 +101,13 @@ def sweep(
     follow: float | None = None,
 ) -> None:  # fmt: skip
     """`evaluate_checkpoints` of every seed; with `follow`, again and again, so many seconds apart, until
-    every seed is trained. Raises InputError for a folder that a run at rest does not have."""
-    if follow is None:
-        for run in runs:
-            for folder in folders:
-                if not (run.folder / folder / "checkpoints").is_dir():
-                    stages = sorted(path.parent.name for path in run.folder.glob("*/checkpoints"))
-                    fix = f"use some of {', '.join(stages)}" if stages else "train the run first"
-                    raise InputError("--checkpoints", f"seed {run.seed} has no folder {folder!r}", fix)
+    every seed is trained. Raises InputError for a folder of no stage, or that a run at rest does not have."""
+    for run in runs:
+        stages = [name for name in run.recipes if follow is not None or kept_steps(run, name)]
+        for folder in folders:
+            if folder not in stages:
+                fix = f"use some of {', '.join(stages)}" if stages else "train the run first"
+                raise InputError("--checkpoints", f"seed {run.seed} has no folder {folder!r}", fix)
     while True:
         over = all((run.folder / "trained").exists() for run in runs)  # asked first: the last are seen
         for run in runs:

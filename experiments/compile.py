@@ -33,7 +33,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from experiments.abstract import abstract_fanout_run, abstract_run
+from experiments.checks import check
 from experiments.command import launch, matching
+from experiments.r4t_checks import check as check_fanout
 from experiments.workdir import write_text
 from genret.training import mesh as meshes
 from genret.training.log import counted_flops
@@ -149,6 +151,7 @@ def main(config: ConfigDict, topology: str, only: str, output: str) -> None:
     """Every stage of `config` whose name `only` is found in, one after the other."""
     jax.config.update("jax_platforms", "cpu")  # nothing runs elsewhere
     mesh = meshes.make_mesh(**config.mesh, devices=devices_of(topology))
+    (check_fanout if "fanout" in config else check)(config)
     run = abstract_fanout_run(config) if "fanout" in config else abstract_run(config, mesh=mesh)
     stages = {stage.name: stage for stage in run.stages()}
     found = [stages[name] for name in matching("--only", only, stages, "stage")]

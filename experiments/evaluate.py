@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from experiments import fanouts, r4t
 from experiments.catalogues import open_catalogue
 from experiments.checkpoints import sweep
+from experiments.checks import check
 from experiments.command import launch, matching, regex
 from experiments.modit import Run, open_run
 from experiments.workdir import alone, append_rows, read_json, read_rows, same_run, write_text
@@ -99,6 +100,7 @@ def _evaluate(
             fanouts.evaluate_run(run, workdir / "results.jsonl", methods)
             fanouts.time_run(run, workdir / "latency.jsonl")
         return
+    check(config)
     catalogue = open_catalogue(config.catalogue)
     same_run(config, catalogue.arrays, workdir)
     runs = (open_run(config, workdir, seed, catalogue) for seed in config.seeds)

@@ -275,6 +275,11 @@ class FanoutRun:
         )  # fmt: skip
 
     @property
+    def recipes(self) -> list[str]:
+        """Every folder that is trained."""
+        return ["warm", *self.tuned, "diffusion", "regressor"]
+
+    @property
     def tuned(self) -> list[str]:
         """The folders of Soft-GRPO: the main one, and those of the collapse study."""
         return ["folm", *(REWARDS if "rewards" in self.config.ablations else ())]

@@ -6,13 +6,24 @@ import math
 
 from ml_collections import ConfigDict
 
+from experiments.checks import at_least, of_matmuls, trainable
 from experiments.fanouts import PARTS, few_calls
 from genret.catalogue.fanout import FanoutData
 from genret.types import InputError
 
+LEAST = {
+    "k": 1, "language.max_new": 1, "language.batch": 1, "warm.queries": 1, "warm.batch": 1, "rl.count": 1,
+    "rl.group": 2, "rl.reuse": 1, "synthesis.fanouts": 1, "synthesis.shard": 1, "diffusion.batch": 1,
+    "evaluation.runs": 1,
+}  # fmt: skip
+
 
 def check(config: ConfigDict) -> None:
     """Raises InputError for what no run can do, before anything is opened or computed."""
+    at_least(config, LEAST)
+    for name in ("language.dtype", "diffusion.dtype"):
+        of_matmuls(config, name)
+    trainable(config, "warm.fit", "rl.fit", "diffusion.fit", "regressor")
     if unknown := [name for name in config.ablations if name != "rewards"]:
         raise InputError("ablations", f"unknown {unknown[0]!r}", "use rewards, or none")
     if config.fanout.regime not in ("given", "oar"):

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from experiments import r4t
 from experiments.catalogues import open_catalogue
+from experiments.checks import check
 from experiments.command import launch
 from experiments.modit import open_run
 from experiments.workdir import alone, same_run
@@ -29,6 +30,7 @@ def _train(config: ConfigDict, workdir: Path) -> None:
         for run in r4t.open_runs(config, workdir):
             run.train()
         return
+    check(config)
     catalogue = open_catalogue(config.catalogue)
     same_run(config, catalogue.arrays, workdir)
     print(

@@ -27,6 +27,10 @@ def commands(config: ConfigDict, folder: Path) -> list[str]:
         if names.count(name) > 1 or not len(values):
             problem = "is an axis twice" if names.count(name) > 1 else "has no values"
             raise InputError("grid", f"{name} {problem}", "write (name, (value, ...)) once for each")
+    try:
+        launcher = shlex.split(config.launcher)
+    except ValueError as error:
+        raise InputError("launcher", f"{config.launcher!r}: {error}", "close what was opened") from None
     lines: dict[str, str] = {}
     for point in itertools.product(*(values for _, values in config.grid)):
         argument, overrides, folder_name = config.config, [], [Path(config.config.partition(":")[0]).stem]
@@ -39,7 +43,7 @@ def commands(config: ConfigDict, folder: Path) -> list[str]:
         run = re.sub(r"[^\w.=+-]+", "-", "_".join(folder_name))
         if run in lines:
             raise InputError("grid", f"two points are called {run}", "leave one out")
-        lines[run] = shlex.join([*shlex.split(config.launcher), argument, str(folder / run), *overrides])
+        lines[run] = shlex.join([*launcher, argument, str(folder / run), *overrides])
     return list(lines.values())
 
 

@@ -68,10 +68,14 @@ spec:
               on python -m experiments.evaluate $together $config $workdir$more
               [ \"\$JOB_COMPLETION_INDEX\" != 0 ] || on python -m experiments.report $workdir
       volumes: [{name: shared, persistentVolumeClaim: {claimName: $CLAIM}}]"
+# A Job that is there can be neither started again nor given another number of pods; the run goes on from its files.
+remove=(kubectl delete job "$NAME" --ignore-not-found)
 if [ -n "${DRY_RUN:-}" ]; then
+  echo "${remove[*]}"
   echo "kubectl apply -f - << 'EOF'"
   echo "$manifest"
   echo "EOF"
 else
+  "${remove[@]}"
   kubectl apply -f - <<< "$manifest"
 fi

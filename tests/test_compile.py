@@ -10,6 +10,7 @@ from experiments import compile as command
 from experiments.abstract import Sizes, abstract_run, sizes_of
 from experiments.configs import modit, r4t
 from experiments.modit import open_run
+from genret.modit.softmax import most_positives
 from genret.training import loop
 from genret.training import mesh as meshes
 from genret.types import InputError
@@ -69,6 +70,9 @@ def test_what_fit_would_refuse_is_refused():
     with pytest.raises(InputError, match="^batch_size: .* has 12 rows for 8 batch shards"):
         command.main(config, "cpu:8", "", "")
     config.mesh = dict(data=3, fsdp=1, tensor=1)
+    for shape in ((-1, 0, 1), (-1, -1, 1), (0, 8, 1)):
+        with pytest.raises(InputError, match="^mesh: data .* does not cover 8 devices"):
+            meshes.make_mesh(*shape)
     with pytest.raises(InputError, match="^mesh: data 3 x fsdp 1 x tensor 1 does not cover 8 devices"):
         command.main(config, "cpu:8", "", "")
 
@@ -114,8 +118,9 @@ def test_fit_compiles_the_very_same(molecules, tmp_path, monkeypatch, shape):
     monkeypatch.setattr(loop, "compiled_step", recorded)
     run = open_run(config, Path(tmp_path), 0, molecules)
     run.train()
+    cells, has = run.fitted.data.cells, run.fitted.data.has
     sizes = sizes_of(config)._replace(
-        train=int(run.splits.train.sum()), cell=run.fitted.data.cells.members.shape[1]
+        train=int(run.splits.train.sum()), cell=most_positives(cells.members, has)
     )
     assert sizes.cell <= sizes_of(config).cell
     abstract = abstract_run(config, sizes)

@@ -128,6 +128,10 @@ def test_following_waits_for_checkpoints_until_the_run_is_trained(run, tmp_path)
 def test_a_folder_that_is_not_there_is_said(run, tmp_path):
     with pytest.raises(InputError, match="seed 0 has no folder 'stf'. use some of .*pretrain"):
         checkpoints.sweep([run], ["stf"], tmp_path / "checkpoints.jsonl")
+    with pytest.raises(InputError, match="no folder 'predictor'. use some of (?!.*predictor)"):
+        checkpoints.sweep([run], ["predictor"], tmp_path / "checkpoints.jsonl")
+    with pytest.raises(InputError, match="seed 0 has no folder 'stf'. use some of .*hppo"):
+        checkpoints.sweep([run], ["stf"], tmp_path / "checkpoints.jsonl", follow=0.05)
     (tmp_path / "seed_0").mkdir()
     with pytest.raises(InputError, match="--workdir: seed 0 of .* is not trained to its end"):
         evaluate.main(run.config, tmp_path, "", "", False, 5.0)

@@ -63,8 +63,9 @@ def test_kubernetes_gets_an_indexed_job_of_the_same_command():
     place = dict(NAME="three", PODS="4", IMAGE="registry/genret:1", CLAIM="disk")
     more = dict(RESOURCE="google.com/tpu=4", SELECTOR="cloud.google.com/gke-tpu-topology=2x4,pool=a")
     lines = dry("gke.sh", CONFIG, "/shared/runs/x", OVERRIDE, **place, **more)
-    assert lines[0] == "kubectl apply -f - << 'EOF'" and lines[-1] == "EOF"
-    service, job = yaml.safe_load_all("\n".join(lines[1:-1]))
+    remove = "kubectl delete job three --ignore-not-found"  # or `apply` would leave a finished one as it is
+    assert lines[:2] == [remove, "kubectl apply -f - << 'EOF'"] and lines[-1] == "EOF"
+    service, job = yaml.safe_load_all("\n".join(lines[2:-1]))
     assert service["kind"] == "Service" and service["spec"]["selector"] == {"job-name": "three"}
     spec = job["spec"]
     assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 4, 4)
@@ -96,7 +97,7 @@ def test_in_a_pod_sigterm_reaches_the_command_and_nothing_comes_after(tmp_path, 
     yaml = pytest.importorskip("yaml")
     place = dict(NAME="three", PODS="4", IMAGE="x", CLAIM="disk")
     lines = dry("gke.sh", CONFIG, "/shared/runs/x", **place)
-    _, job = yaml.safe_load_all("\n".join(lines[1:-1]))
+    _, job = yaml.safe_load_all("\n".join(lines[2:-1]))
     box = job["spec"]["template"]["spec"]["containers"][0]
     there = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "JOB_COMPLETION_INDEX": "0", "ENDS": ends}
     with subprocess.Popen(
@@ -150,6 +151,8 @@ def test_a_sweep_is_one_line_a_point_and_every_line_is_a_configuration():
     ):
         with pytest.raises(InputError, match=problem):
             commands(ConfigDict(config.to_dict() | {"grid": grid}), Path("runs"))
+    with pytest.raises(InputError, match="^launcher: .*No closing quotation"):
+        commands(ConfigDict(config.to_dict() | {"launcher": "it's"}), Path("runs"))
     found = subprocess.run(
         [sys.executable, "-m", "experiments.sweep", "--config=experiments/configs/sweep.py", "--workdir=/a"],
         cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,

@@ -189,7 +189,7 @@ def load_sets(folder: Path | str, card: dict[str, Any] | None = None) -> Synthet
     folder = Path(folder)
     if not (folder / "card.json").exists():
         raise InputError("sets", f"{folder} holds none", "synthesise them first")
-    found = json.loads((folder / "card.json").read_text())
+    found = _card(folder)
     _same(card or found, found, folder)
     shards = [folder / _name(s) for s in range(found["shards"])]
     missing = sum(not s.exists() for s in shards)
@@ -217,7 +217,7 @@ def load_sets(folder: Path | str, card: dict[str, Any] | None = None) -> Synthet
 
 def _claim(folder: Path, card: dict[str, Any]) -> None:
     if (folder / "card.json").exists():
-        _same(card, json.loads((folder / "card.json").read_text()), folder)
+        _same(card, _card(folder), folder)
         return
 
     def write() -> None:
@@ -226,6 +226,14 @@ def _claim(folder: Path, card: dict[str, Any]) -> None:
         os.replace(temporary, folder / "card.json")
 
     processes.once("card of the sets", write)
+
+
+def _card(folder: Path) -> dict[str, Any]:
+    with reading(folder):
+        found = json.loads((folder / "card.json").read_text())
+        if not isinstance(found, dict) or type(found.get("shards")) is not int:
+            raise ValueError("card.json counts no shards")
+    return found
 
 
 def _same(wanted: dict[str, Any], found: dict[str, Any], folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from contextlib import closing
 from pathlib import Path
@@ -29,6 +30,8 @@ class FitOptions:
 
     microbatches: gradient accumulation; the result does not depend on it. ema_decay is reached through
     min(decay, (1 + step) / (10 + step)), so short runs are not dominated by their start.
+
+    Raises InputError for a count below one, or a rate that is none.
     """
 
     steps: int
@@ -42,6 +45,16 @@ class FitOptions:
     save_every: int = 1000
     keep: int = 3
     seed: int = 0
+
+    def __post_init__(self):
+        for name in ("steps", "microbatches", "log_every", "save_every", "keep"):
+            if (value := getattr(self, name)) < 1:
+                raise InputError(name, f"{value} is too few", "use 1 or more")
+        for name in ("learning_rate", "warmup", "weight_decay", "clip"):
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise InputError(name, f"{value} is no rate or duration", "use 0 or more")
+        if not 0 <= self.ema_decay < 1:
+            raise InputError("ema_decay", f"{self.ema_decay} keeps nothing new", "use 0 or more, less than 1")
 
 
 @struct.dataclass

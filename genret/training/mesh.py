@@ -27,7 +27,7 @@ def make_mesh(
     Axes are Auto: the default since jax 0.10 is Explicit, under which ordinary sharded code fails.
     """
     shape, count = [data, fsdp, tensor], len(devices) if devices else jax.device_count()
-    if shape.count(-1) == 1:
+    if shape.count(-1) == 1 and 0 not in shape:
         shape[shape.index(-1)] = count // -int(np.prod(shape))
     if int(np.prod(shape)) != count or min(shape) < 1:
         raise InputError(

@@ -230,6 +230,13 @@ def test_other_options_do_not_read_a_folder(tmp_path):
     again = make(tmp_path, ask=None, about={"checkpoint": "a", "temperature": 0.9})  # only opened
     np.testing.assert_array_equal(again.take(np.arange(len(sets))), sets.take(np.arange(len(sets))))
     assert again.card == json.loads((tmp_path / "card.json").read_text())
+    whole = (tmp_path / "card.json").read_text()
+    for cut in ("", whole[: len(whole) // 2], "[]", "{}"):
+        (tmp_path / "card.json").write_text(cut)
+        for read in (lambda: load_sets(tmp_path), lambda: make(tmp_path, ask=None, about={})):
+            with pytest.raises(InputError, match=f"^{tmp_path}: is cut short or damaged .*delete it"):
+                read()
+    (tmp_path / "card.json").write_text(whole)
     data = world()
     data.embeddings[3] = -data.embeddings[3]
     for message, change in {
