@@ -18,7 +18,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from experiments.workdir import tells
+from experiments.workdir import apart, tells
 from genret.training import preemption, processes
 from genret.training.loop import NonFiniteLoss
 from genret.training.memory import one_heap
@@ -71,7 +71,10 @@ def launch(
         sys.unraisablehook = _unless_abandoned(sys.__unraisablehook__)
         threading.excepthook = _unless_abandoned(threading.__excepthook__)
         try:
-            with (_by_one if alone else _joined)(*(flag.value for flag in place)):
+            multihost, *where = (flag.value for flag in place)
+            if multihost and workdir is not None and given[-1] is not None:
+                apart(given[-1], Path(sys.argv[0]).stem, where[0])
+            with (_by_one if alone else _joined)(multihost, *where):
                 main(*given, **{n: flag.value for n, flag in more.items()})
             preemption.over()
         except preemption.Preempted as stop:

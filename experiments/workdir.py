@@ -12,6 +12,7 @@ import json
 import os
 import re
 import socket
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
@@ -26,6 +27,7 @@ from genret.training import processes
 from genret.types import InputError
 
 REWRITE = "evaluate again in a new --workdir"
+MEETING = ", with processes that meet at "
 NO_LOCKS = (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
 
 # Leaves of a config's sections that a later command of the same run may give otherwise.
@@ -45,9 +47,14 @@ def alone(workdir: Path, command: str) -> Iterator[None]:
         other = None
         if processes.is_writer():
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:  # perhaps one that only looks, in `apart`
+                    time.sleep(0.1)
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 file.truncate(0)
-                print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+                where = f"{MEETING}{processes.meeting_place()}" if processes.several() else ""
+                print(f"process {os.getpid()} on {socket.gethostname()}{where}", file=file, flush=True)
             except BlockingIOError:
                 file.seek(0)
                 other = file.read().strip() or "one that has just begun"
@@ -55,9 +62,43 @@ def alone(workdir: Path, command: str) -> Iterator[None]:
                 if error.errno not in NO_LOCKS:
                     raise
         if other := processes.agreed(f"{command} lock", other):
-            problem = f"{workdir} is in the hands of another {command}, {other}"
-            raise InputError("--workdir", problem, "wait for its end, or choose another --workdir")
+            raise _in_hands(workdir, command, other)
         yield
+
+
+def apart(workdir: Path, command: str, coordinator: str | None) -> None:
+    """For each of several processes, before they join: raises InputError while another `command` is at work
+    in `workdir`, or any whose processes meet at `coordinator`. To join would end that one."""
+    end = time.monotonic() + processes.ENDING
+    while found := _beside(workdir, command, coordinator):
+        if time.monotonic() > end:
+            if found[0] == command:
+                raise _in_hands(workdir, *found)
+            problem = f"{coordinator} is where the {found[0]} at work in {workdir} meets"
+            raise InputError("--coordinator", problem, "give this command a port of its own")
+        time.sleep(0.2)
+
+
+def _beside(workdir: Path, command: str, coordinator: str | None) -> tuple[str, str] | None:
+    """(command, who) of one that holds `workdir` and leaves no room for this one."""
+    for path in sorted(workdir.glob(".*.lock")):
+        name, who = path.name[1:].removesuffix(".lock"), None
+        with open(path) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                who = file.read().strip() or "one that has just begun"
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+        if who and (name == command or (coordinator and who.endswith(f"{MEETING}{coordinator}"))):
+            return name, who
+    return None
+
+
+def _in_hands(workdir: Path, command: str, who: str) -> InputError:
+    problem = f"{workdir} is in the hands of another {command}, {who}"
+    return InputError("--workdir", problem, "wait for its end, or choose another --workdir")
 
 
 @contextlib.contextmanager

@@ -9,8 +9,14 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import errno
 import json
+import os
 import re
+import socket
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -22,6 +28,7 @@ from genret.types import InputError
 PATIENCE = 86_400.0
 HEARTBEAT = 30
 JOIN = 1800  # until all have joined: images are pulled and pools of nodes made meanwhile
+ENDING = 30  # for one that ends to let go of what this one needs
 # The status of a process that ends because of another, EX_TEMPFAIL of sysexits.h: its script shall not go on,
 # and the same command continues.
 AGAIN = 75
@@ -50,7 +57,8 @@ def start(coordinator: str | None = None, process_id: int | None = None, count: 
     """Join the other processes, before any other use of JAX; returns 'process i of n, k devices'.
 
     coordinator: HOST:PORT of process 0. Without all three JAX asks the cluster (SLURM, TPU pods, GKE).
-    Raises InputError where only some are given, or there is no cluster to ask.
+    Raises InputError where only some are given, the port is taken, or there is no cluster to ask. Where not
+    all join in JOIN seconds the process ends, with a line and status AGAIN.
     """
     _join(coordinator, process_id, count)
     return f"process {jax.process_index()} of {jax.process_count()}, {jax.device_count()} devices"
@@ -76,22 +84,60 @@ def _join(coordinator: str | None, process_id: int | None, count: int | None) ->
         raise InputError(missing[0], problem, "give all three, or none where JAX can ask the cluster")
     if not missing and not 0 <= process_id < count:
         raise InputError("--process_id", f"{process_id} of {count}", f"use 0 to {count - 1}")
-    if coordinator is not None and not coordinator.rpartition(":")[2].isdigit():
-        raise InputError("--coordinator", f"{coordinator!r} names no port", "write HOST:PORT")
+    if coordinator is not None:
+        port = coordinator.rpartition(":")[2]
+        if not port.isdecimal() or not 0 < int(port) < 65_536:
+            raise InputError("--coordinator", f"{coordinator!r} names no port", "write HOST:PORT")
+        if process_id == 0:
+            _free(int(port))
     # `preemption` agrees on where to stop; this service would take SIGTERM away from it.
     jax.config.update("jax_enable_preemption_service", False)
+    late = threading.Timer(JOIN, _give_up, [coordinator])  # before jax does, by an abort
+    late.daemon = True
+    late.start()
     try:
         jax.distributed.initialize(
-            coordinator, count, process_id, initialization_timeout=JOIN, heartbeat_timeout_seconds=HEARTBEAT
-        )
+            coordinator, count, process_id, initialization_timeout=JOIN + 60,
+            heartbeat_timeout_seconds=HEARTBEAT,
+        )  # fmt: skip
     except ValueError as error:  # what jax says where it finds no cluster
         fix = "give --coordinator, --process_id and --num_processes"
         raise InputError("--multihost", f"JAX found no cluster to ask ({error})", fix) from None
+    finally:
+        late.cancel()
+
+
+def _free(port: int) -> None:
+    """Raises InputError unless process 0 can listen there: jax's service would end the program."""
+    wide, end = socket.has_dualstack_ipv6(), time.monotonic() + ENDING
+    family = socket.AF_INET6 if wide else socket.AF_INET
+    while True:
+        try:
+            return socket.create_server(("", port), family=family, dualstack_ipv6=wide).close()
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() > end:
+                problem = f"port {port} of this host cannot be opened ({error.strerror})"
+                fix = "give a port of its own to each command that is at work"
+                raise InputError("--coordinator", problem, fix) from None
+        time.sleep(0.2)
+
+
+def _give_up(coordinator: str | None) -> None:
+    where = "" if coordinator is None else f" at {coordinator}"
+    said = f"not all processes joined{where} within {JOIN} s"
+    fix = "look whether each runs, reaches that host and port, and was given the same --num_processes"
+    print(f"error: --multihost: {said}. {fix}", file=sys.stderr, flush=True)
+    os._exit(AGAIN)
+
+
+def meeting_place() -> str:
+    """HOST:PORT of process 0, as the others reach it."""
+    return _known().coordinator_address
 
 
 def coordinator() -> str:
     """The host of process 0, as the others reach it."""
-    return _known().coordinator_address.rpartition(":")[0].strip("[]")
+    return meeting_place().rpartition(":")[0].strip("[]")
 
 
 def several() -> bool:

@@ -1,10 +1,12 @@
 """Several processes over loopback: barriers with a time-out, one writer, and a run like one process's."""
 
+import functools
 import json
 import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -86,8 +88,9 @@ def test_flags_that_do_not_belong_together_are_refused():
         processes.start("localhost:1234", None, 2)
     with pytest.raises(InputError, match="^--process_id: 2 of 2. use 0 to 1"):
         processes.start("localhost:1234", 2, 2)
-    with pytest.raises(InputError, match="^--coordinator: 'localhost' names no port"):
-        processes.start("localhost", 0, 2)
+    for place in ("localhost", "localhost:0", "localhost:99999", "localhost:²"):
+        with pytest.raises(InputError, match=f"^--coordinator: '{place}' names no port"):
+            processes.start(place, 0, 2)
     for flags, problem in (
         (["--process_id=0"], "error: --process_id: is given for one process alone. give --multihost too"),
         (["--multihost"], "error: --multihost: JAX found no cluster to ask"),
@@ -99,6 +102,70 @@ def test_flags_that_do_not_belong_together_are_refused():
         )  # fmt: skip
         assert done.returncode == 1 and problem in done.stderr, done.stderr
     assert not (ROOT / "nowhere").exists()
+
+
+SOON = "processes.JOIN, processes.ENDING = 3, 1\nlaunch(main"
+
+
+def test_who_does_not_join_and_a_port_that_is_taken_are_said_in_one_line(tmp_path):
+    flag, body = "-c", command("pass", tmp_path)[1].replace("launch(main", SOON)
+    with socket.create_server(("localhost", 0)) as other:
+        place = f"--coordinator=localhost:{other.getsockname()[1]}"
+        given = [
+            sys.executable,
+            flag,
+            body,
+            f"--workdir={tmp_path}",
+            "--multihost",
+            place,
+            "--num_processes=2",
+        ]
+        ran = functools.partial(subprocess.run, capture_output=True, text=True, env=os.environ | ENVIRONMENT)
+        taken = ran([*given, "--process_id=0"])
+    assert taken.returncode == 1 and "Address already in use" in taken.stderr, taken
+    assert taken.stderr.splitlines()[-1].startswith("error: --coordinator: port ")
+    for i in (0, 1):  # the other one is not there
+        late = ran([*given, f"--process_id={i}"])
+        assert late.returncode == processes.AGAIN, late
+        assert "error: --multihost: not all processes joined at localhost:" in late.stderr
+
+
+def test_a_second_command_of_several_is_refused_and_the_first_lives(tmp_path):
+    """Of the same name, and of another one at the same port: to join would end both."""
+    body = """
+from experiments.workdir import alone
+with alone(workdir, "-c"), alone(workdir, "run"):
+    processes.once("held", lambda: (workdir / "held").write_text(""))
+    while not (workdir / "end").exists():
+        time.sleep(.05)
+"""
+    first = begin(command(body, tmp_path))
+    try:
+        while not (tmp_path / "held").exists():
+            assert all(process.poll() is None for process in first)
+            time.sleep(0.05)
+        flag, second, where = command("pass", tmp_path)
+        second = second.replace("launch(main", SOON)
+        for process in begin([flag, second, where]):
+            said = process.communicate(timeout=60)[1].splitlines()[-1]
+            assert process.returncode == 1
+            assert said.startswith(f"error: --workdir: {tmp_path} is in the hands of another -c, process ")
+        place = (tmp_path / ".run.lock").read_text().split()[-1]
+        (tmp_path / "other.py").write_text(second)
+        done = subprocess.run(
+            [sys.executable, tmp_path / "other.py", where, "--multihost", f"--coordinator={place}",
+             "--num_processes=2", "--process_id=1"],
+            capture_output=True, text=True, env=os.environ | ENVIRONMENT,
+        )  # fmt: skip
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1].startswith(
+            f"error: --coordinator: {place} is where the -c at work"
+        )
+        (tmp_path / "end").write_text("")
+        assert [process.wait(60) for process in first] == [0, 0]
+    finally:
+        for process in first:
+            process.kill()
 
 
 def test_what_one_process_does_is_done_by_the_first_as_if_it_were_alone(tmp_path):
