@@ -24,6 +24,7 @@ Other columns are not read. Written with pyarrow (in pandas a column of vectors 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -202,8 +203,9 @@ def _build(path, entry: Path, shards, counts, columns, cells, seed, min_pattern)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         for old in entry.parent.glob(".build-*"):  # left by killed builds
-            if time.time() - old.stat().st_mtime > 86400:
-                shutil.rmtree(old, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):  # another build's end
+                if time.time() - old.stat().st_mtime > 86400:
+                    shutil.rmtree(old, ignore_errors=True)
 
 
 def _fill(folder: Path, shards, counts, columns, cells, seed, min_pattern) -> None:
