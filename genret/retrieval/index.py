@@ -49,7 +49,7 @@ class ExactIndex:
     mesh: all its devices share the corpus, whatever the axes are called, and the ids are the same
         for every mesh; None: the first device of this process.
     query_block: most queries that are sent to the devices at a time. corpus_block: most items whose scores
-        with 128 of them a device holds, in 512 * corpus_block bytes: [Q, N] never exists.
+        with 128 of them a device holds, in 512 * corpus_block bytes, however many of either there are.
 
     Raises InputError if the embeddings are not a finite float matrix.
     """
