@@ -11,16 +11,17 @@ import jax
 import pytest
 
 from genret.training import processes
-from tests.commands import begin, parameters, together
+from tests.commands import begin, parameters, together, write_warm_pairs
 from tests.faults.conftest import modit
 
 pytestmark = pytest.mark.faults
 
 
-def test_sigterm_at_random_moments_ends_well_and_changes_nothing(pipeline, undisturbed):
+@pytest.mark.parametrize("paper", ["modit", "r4t"])
+def test_sigterm_at_random_moments_ends_well_and_changes_nothing(pipeline, measured, paper):
     """Twelve of them, over run and evaluate."""
-    wanted, seconds = undisturbed
-    one, rng = pipeline("terminated"), random.Random(1)
+    wanted, seconds = measured(paper)
+    one, rng = pipeline(f"{paper}_terminated", paper=paper), random.Random(1)
     for name, times in (("run", 8), ("evaluate", 4)):
         for _ in range(times):
             process = one.start(name)
@@ -91,10 +92,11 @@ def test_a_second_run_or_evaluation_is_refused_and_disturbs_nothing(pipeline, un
     one.equals(undisturbed[0])
 
 
-def test_a_full_disk_ends_in_one_line_at_any_size_and_room_lets_it_go_on(pipeline, undisturbed):
+@pytest.mark.parametrize("paper", ["modit", "r4t"])
+def test_a_full_disk_ends_in_one_line_at_any_size_and_room_lets_it_go_on(pipeline, measured, paper):
     """The workdir is a file system of its own, made larger after every failure."""
-    one, failures, size = pipeline("full"), 0, 100
-    one.workdir.mkdir()
+    one, failures, size = pipeline(f"{paper}_full", paper=paper), 0, 100
+    one.workdir.mkdir(exist_ok=True)
 
     def mount(size, *options):
         command = ["mount", "-t", "tmpfs", "-o", ",".join([*options, f"size={size}"]), "tmpfs", one.workdir]
@@ -103,6 +105,8 @@ def test_a_full_disk_ends_in_one_line_at_any_size_and_room_lets_it_go_on(pipelin
     if not mount(f"{size}k"):
         pytest.skip("mounting is not permitted here")
     try:
+        if paper == "r4t":
+            write_warm_pairs(one.workdir)
         for name in one.COMMANDS:
             while one.start(name).wait(600):
                 failures += 1
@@ -114,6 +118,6 @@ def test_a_full_disk_ends_in_one_line_at_any_size_and_room_lets_it_go_on(pipelin
                 size = int(size * 1.7)
                 assert mount(f"{size}k", "remount")
         assert failures > 3 and "Traceback" not in "".join(map(one.said, one.COMMANDS))
-        one.equals(undisturbed[0])
+        one.equals(measured(paper)[0])
     finally:
         subprocess.run(["umount", one.workdir], check=True)
