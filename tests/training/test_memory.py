@@ -69,7 +69,7 @@ held = bytearray(1 << 30)
 del held
 print(memory.peak())
 """
-    larger = np.ones(3 << 27)
+    larger = np.ones(3 << 26)  # 1.5 GiB
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     del larger
     before, after = (float(x) for x in re.findall(r"peak host memory ([0-9.]+) GiB", done.stdout))
